@@ -1,0 +1,195 @@
+"""One decoder-only transformer, by configuration: training forward, cached decode and scoring share this code.
+
+Parameters are a plain pytree::
+
+    {"embed": {"embedding": [V, D]}, "layers": ..., "final_norm": {"scale": [D]}, "head": {"kernel": [V, D]}}
+
+`head` is absent when the embeddings are tied. `layers` is either one dict whose leaves carry a leading axis L (a *stack*:
+scanned, compiles fast, few leaves to mix) or a tuple of L dicts (*unrolled*: no layer is copied out of a stack, which
+decides the speed of decoding on CPU). Every kernel is stored [out, in], so that the tied embedding serves as head.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Params = dict[str, Any]
+# attend(query_BTHE, key_BTKE, value_BTKE, memory) -> (out_BTHE, memory): what a layer's queries look at. `memory` is the
+# layer's key-value cache where there is one, else None.
+Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The shape of a Llama-family decoder."""
+
+    vocab_size: int
+    layers: int
+    d_model: int
+    d_ff: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rope_theta: float
+    norm_eps: float
+    tied_embeddings: bool
+    max_positions: int
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale, computed in float32."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        scale_D = self.param("scale", nn.initializers.ones, (x_BTD.shape[-1],))
+        x32 = x_BTD.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return (normed * scale_D.reshape((1,) * (x_BTD.ndim - 1) + (-1,))).astype(x_BTD.dtype)
+
+
+class Dense(nn.Module):
+    """x @ kernel.T with the kernel stored [out, in]."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=-1, out_axis=-2)
+        kernel = self.param("kernel", init, (self.features, x.shape[-1]))
+        return project(x, kernel)
+
+
+class Layer(nn.Module):
+    """Pre-norm attention and gated feed-forward. What the queries look at is the caller's `attend`."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: jax.Array, positions_BT: jax.Array, attend: Attend, memory: Any
+    ) -> tuple[jax.Array, Any]:
+        c = self.config
+        B, T, _ = x_BTD.shape
+        h_BTD = RMSNorm(c.norm_eps, name="attention_norm")(x_BTD)
+        q_BTHE = Dense(c.heads * c.head_dim, name="q")(h_BTD).reshape(B, T, c.heads, c.head_dim)
+        k_BTKE = Dense(c.kv_heads * c.head_dim, name="k")(h_BTD).reshape(B, T, c.kv_heads, c.head_dim)
+        v_BTKE = Dense(c.kv_heads * c.head_dim, name="v")(h_BTD).reshape(B, T, c.kv_heads, c.head_dim)
+        q_BTHE = rotate(q_BTHE, positions_BT, c.rope_theta)
+        k_BTKE = rotate(k_BTKE, positions_BT, c.rope_theta)
+        out_BTHE, memory = attend(q_BTHE, k_BTKE, v_BTKE, memory)
+        x_BTD = x_BTD + Dense(c.d_model, name="o")(out_BTHE.reshape(B, T, -1))
+        h_BTD = RMSNorm(c.norm_eps, name="mlp_norm")(x_BTD)
+        gated = nn.silu(Dense(c.d_ff, name="gate")(h_BTD)) * Dense(c.d_ff, name="up")(h_BTD)
+        return x_BTD + Dense(c.d_model, name="down")(gated), memory
+
+
+def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x[..., in] times kernel [out, in] -> [..., out]: both contract their last axis (fast on CPU)."""
+    return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (1,)), ((), ())))
+
+
+def rotate(x_BTHE: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
+    """Rotary position embedding, rotate-half form (RoFormer, as in Llama's Hugging Face code)."""
+    half = x_BTHE.shape[-1] // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles_BT1F = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies.reshape(1, 1, 1, -1)
+    cos, sin = jnp.cos(angles_BT1F), jnp.sin(angles_BT1F)
+    x1, x2 = x_BTHE[..., :half], x_BTHE[..., half:]
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x_BTHE.dtype)
+
+
+def init(config: DecoderConfig, key: jax.Array) -> Params:
+    """Random parameters, float32, layers stacked."""
+    embed_key, head_key, layer_key = jax.random.split(key, 3)
+    x_BTD = jnp.zeros((1, 1, config.d_model))
+    positions_BT = jnp.zeros((1, 1), jnp.int32)
+
+    def init_layer(key):
+        attend = lambda q, k, v, memory: (q, memory)  # noqa: E731  (shapes are all that init needs)
+        return Layer(config).init(key, x_BTD, positions_BT, attend, None)["params"]
+
+    shape_VD = (config.vocab_size, config.d_model)
+    params = {
+        "embed": {"embedding": 0.02 * jax.random.normal(embed_key, shape_VD)},
+        "layers": jax.vmap(init_layer)(jax.random.split(layer_key, config.layers)),
+        "final_norm": {"scale": jnp.ones(config.d_model)},
+    }
+    if not config.tied_embeddings:
+        params["head"] = {"kernel": 0.02 * jax.random.normal(head_key, shape_VD)}
+    return params
+
+
+def unroll(params: Params) -> Params:
+    """The same parameters with `layers` as a tuple of L dicts."""
+    stack = params["layers"]
+    depth = jax.tree.leaves(stack)[0].shape[0]
+    return params | {"layers": tuple(jax.tree.map(lambda a: a[i], stack) for i in range(depth))}
+
+
+def hidden_states(
+    config: DecoderConfig,
+    params: Params,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    attend: Attend,
+    memory: Any = None,
+    recompute: bool = False,
+) -> tuple[jax.Array, Any]:
+    """Runs the decoder up to and with its final norm.
+
+    tokens_BT, positions_BT: int32. memory: a tuple of L per-layer caches for `attend`, or None.
+    recompute: let the backward pass recompute each layer of a stack instead of keeping its
+    activations (a third more work, activations of one layer instead of L).
+    Returns (hidden_BTD, memory of the same structure). A stack of layers takes no memory.
+    """
+    chex.assert_equal_shape([tokens_BT, positions_BT])
+    chex.assert_type([tokens_BT, positions_BT], jnp.int32)
+    x_BTD = params["embed"]["embedding"][tokens_BT]
+    layer = Layer(config)
+    if isinstance(params["layers"], tuple):
+        memories = memory if memory is not None else (None,) * config.layers
+        updated = []
+        for layer_params, layer_memory in zip(params["layers"], memories, strict=True):
+            x_BTD, layer_memory = layer.apply(
+                {"params": layer_params}, x_BTD, positions_BT, attend, layer_memory
+            )
+            updated.append(layer_memory)
+        memory = tuple(updated) if memory is not None else None
+    else:
+        assert memory is None, "caches need unrolled layers"
+
+        def scanned(x_BTD, layer_params):
+            x_BTD, _ = layer.apply({"params": layer_params}, x_BTD, positions_BT, attend, None)
+            return x_BTD, None
+
+        body = jax.checkpoint(scanned) if recompute else scanned
+        x_BTD, _ = jax.lax.scan(body, x_BTD, params["layers"])
+    return RMSNorm(config.norm_eps).apply({"params": params["final_norm"]}, x_BTD), memory
+
+
+def logits(params: Params, hidden: jax.Array) -> jax.Array:
+    """hidden [..., D] -> float32 logits [..., V]."""
+    kernel_VD = params["head"]["kernel"] if "head" in params else params["embed"]["embedding"]
+    return project(hidden, kernel_VD).astype(jnp.float32)
+
+
+def attend_causally(segments_BT: jax.Array) -> Attend:
+    """Attention for whole rows: a token sees the tokens before it that carry its own segment number.
+
+    Padding carries a segment number of its own (0), so that it is seen by nobody else.
+    """
+    T = segments_BT.shape[1]
+    causal_TT = jnp.tril(jnp.ones((T, T), bool))
+    mask_B1TT = (causal_TT[None] & (segments_BT[:, :, None] == segments_BT[:, None, :]))[:, None]
+
+    def attend(q_BTHE, k_BTKE, v_BTKE, memory):
+        return jax.nn.dot_product_attention(q_BTHE, k_BTKE, v_BTKE, mask=mask_B1TT), memory
+
+    return attend

@@ -1,0 +1,115 @@
+"""Token rows, and what a decoder says about them: response log-likelihoods, and the pooled state that a router reads.
+
+Training and scoring share `response_log_likelihoods`, so a learnability is computed exactly as the loss is.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from persyn_jax.models import decoder
+from persyn_jax.models.decoder import DecoderConfig, Params
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A prompt and its response as token ids; the response ends with EOS if the teacher ended it."""
+
+    prompt: tuple[int, ...]
+    response: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.response)
+
+
+class Rows(NamedTuple):
+    """B rows of T tokens, each holding one or several conversations, with at most R response tokens a row."""
+
+    tokens: jax.Array
+    """int32 [B, T]; 0 where padded."""
+    positions: jax.Array
+    """int32 [B, T]: position of a token in its own conversation."""
+    segments: jax.Array
+    """int32 [B, T]: 1, 2, ... for the conversations of a row; 0 where padded."""
+    predictors: jax.Array
+    """int32 [B, R]: index of the token that each response token follows."""
+    targets: jax.Array
+    """int32 [B, R]: the response tokens."""
+    weights: jax.Array
+    """float32 [B, R]: 1 for a response token, 0 where padded."""
+
+
+def pack(rows: Sequence[Sequence[Conversation]], length: int, responses: int) -> Rows:
+    """Lays out each sequence of conversations in one row, as NumPy.
+
+    Raises ValueError if a row's conversations have more than `length` tokens or `responses` response tokens.
+    """
+    B = len(rows)
+    packed = Rows(
+        tokens=np.zeros((B, length), np.int32),
+        positions=np.zeros((B, length), np.int32),
+        segments=np.zeros((B, length), np.int32),
+        predictors=np.zeros((B, responses), np.int32),
+        targets=np.zeros((B, responses), np.int32),
+        weights=np.zeros((B, responses), np.float32),
+    )
+    for b, conversations in enumerate(rows):
+        start, first = 0, 0
+        for number, conversation in enumerate(conversations, 1):
+            end, last = start + conversation.length, first + len(conversation.response)
+            if end > length or last > responses:
+                raise ValueError(
+                    f"row {b} holds {end} tokens and {last} response tokens; room for {length} and {responses}"
+                )
+            packed.tokens[b, start:end] = conversation.prompt + conversation.response
+            packed.positions[b, start:end] = np.arange(conversation.length)
+            packed.segments[b, start:end] = number
+            before = start + len(conversation.prompt) - 1
+            packed.predictors[b, first:last] = before + np.arange(last - first)
+            packed.targets[b, first:last] = conversation.response
+            packed.weights[b, first:last] = 1.0
+            start, first = end, last
+    return packed
+
+
+def response_log_likelihoods(
+    config: DecoderConfig, params: Params, rows: Rows, recompute: bool = False
+) -> jax.Array:
+    """log p(response token | everything before it in its conversation), float32 [B, R]; 0 where padded.
+
+    Logits exist for response tokens only. recompute: see `decoder.hidden_states`.
+    """
+    chex.assert_equal_shape([rows.tokens, rows.positions, rows.segments])
+    chex.assert_equal_shape([rows.predictors, rows.targets, rows.weights])
+    hidden_BTD, _ = decoder.hidden_states(
+        config,
+        params,
+        rows.tokens,
+        rows.positions,
+        decoder.attend_causally(rows.segments),
+        recompute=recompute,
+    )
+    hidden_BRD = jnp.take_along_axis(hidden_BTD, rows.predictors[:, :, None], axis=1)
+    log_probabilities_BRV = jax.nn.log_softmax(decoder.logits(params, hidden_BRD))
+    chosen_BR1 = jnp.take_along_axis(log_probabilities_BRV, rows.targets[:, :, None], axis=2)
+    return jnp.where(rows.weights > 0, chosen_BR1[:, :, 0], 0.0)
+
+
+def last_states(config: DecoderConfig, params: Params, tokens_BT: jax.Array, length_B: jax.Array):
+    """The final hidden state of each row's last real token, float32 [B, D]: what the router reads.
+
+    tokens_BT: int32, padded on the right. length_B: int32, at least 1.
+    """
+    B, T = tokens_BT.shape
+    chex.assert_shape(length_B, (B,))
+    index_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+    segments_BT = (index_BT < length_B[:, None]).astype(jnp.int32)
+    attend = decoder.attend_causally(segments_BT)
+    hidden_BTD, _ = decoder.hidden_states(config, params, tokens_BT, index_BT, attend)
+    return hidden_BTD[jnp.arange(B), length_B - 1].astype(jnp.float32)

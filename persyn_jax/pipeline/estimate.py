@@ -1,0 +1,138 @@
+"""What a run will cost, before it starts: answers, tokens and memory. Computes nothing with a model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from persyn_jax.config import ConfigError
+from persyn_jax.models import tokenizer, weights
+from persyn_jax.pipeline.config import RunConfig
+from persyn_jax.records import Prompt
+from persyn_jax.sampling.config import TeacherConfig, teacher_messages
+
+_PROCESS_GB = 0.9  # Python, JAX, its compiled programs and the libraries around them
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Counts are exact but for tokens of answers, which are taken to be as long as the reference answers."""
+
+    prompts: dict[str, int]
+    """By split."""
+    answers_generated: int
+    answers_generate_then_select: int
+    tokens: dict[str, int]
+    """By stage: tokens that a model reads and writes."""
+    service_memory_gb: float
+    """Peak of the sampling service; 0 without one of the run's own."""
+    training_memory_gb: float
+    """Peak of the run's own process, reached in training."""
+
+
+def check_lengths(config: RunConfig, prompts: Sequence[Prompt]) -> None:
+    """Raises ConfigError for the first prompt that the service or a training row has no room for."""
+    longest = max(teacher.sampling.max_tokens for teacher in config.teachers)
+    tok = weights.load_tokenizer(config.student)
+    for prompt in prompts:
+        read = len(tokenizer.prompt_ids(tok, prompt.messages))
+        if prompt.split != "eval" and read + longest + 1 > config.training.row_tokens:
+            raise ConfigError(
+                f"context too long: prompt {prompt.id!r} has {read} tokens; with an answer of "
+                f"max_tokens {longest} it exceeds training.row_tokens {config.training.row_tokens}"
+            )
+        room = config.evaluation.engine.cache_length - config.evaluation.max_tokens
+        if prompt.split == "eval" and read > room:
+            raise ConfigError(
+                f"context too long: prompt {prompt.id!r} has {read} tokens; evaluation.engine has room for {room}"
+            )
+
+
+def estimate(config: RunConfig, prompts: Sequence[Prompt]) -> Estimate:
+    """The estimate of a whole run."""
+    counts = {split: 0 for split in ("calibration", "train", "eval")}
+    for prompt in prompts:
+        counts[prompt.split] += 1
+    asked = counts["calibration"] + counts["train"]
+    teachers = len(config.teachers)
+    return Estimate(
+        prompts=counts,
+        answers_generated=asked + counts["calibration"] * (teachers - 1),
+        answers_generate_then_select=asked * teachers,
+        tokens=_tokens(config, prompts),
+        service_memory_gb=_service_memory(config),
+        training_memory_gb=_training_memory(config),
+    )
+
+
+def _tokens(config: RunConfig, prompts: Sequence[Prompt]) -> dict[str, int]:
+    student = weights.load_tokenizer(config.student)
+    service = weights.load_tokenizer(config.service.model) if config.service else student
+    asked, alone, answer = {}, {}, {}
+    for prompt in prompts:
+        alone[prompt.id] = len(tokenizer.prompt_ids(student, prompt.messages))
+        answer[prompt.id] = 1 + len(tokenizer.response_ids(student, prompt.answer or "", ended=True))
+        asked[prompt.id] = [_asked(service, teacher, prompt) for teacher in config.teachers]
+    of = {s: [p.id for p in prompts if p.split == s] for s in ("calibration", "train", "eval")}
+    teachers = len(config.teachers)
+    row = {prompt.id: alone[prompt.id] + answer[prompt.id] for prompt in prompts}
+    return {
+        "calibrate": sum(sum(asked[i]) + teachers * answer[i] for i in of["calibration"]),
+        "score": sum(teachers * row[i] for i in of["calibration"]),
+        "train_router": sum(alone[i] for i in of["calibration"]),
+        "route": sum(alone[i] for i in of["train"]),
+        "generate": sum(sum(asked[i]) // teachers + answer[i] for i in of["train"]),
+        "train_student": config.training.epochs * sum(row[i] for i in of["calibration"] + of["train"]),
+        "evaluate": sum(2 * row[i] for i in of["eval"]),
+    }
+
+
+def _asked(tok: tokenizer.Tokenizer, teacher: TeacherConfig, prompt: Prompt) -> int:
+    return len(tokenizer.prompt_ids(tok, teacher_messages(teacher, prompt.messages)))
+
+
+def _parameters_gb(config) -> float:
+    """float32 parameters of a decoder, in GB."""
+    c = weights.load_config(config)
+    layer = c.d_model * c.head_dim * (2 * c.heads + 2 * c.kv_heads) + 3 * c.d_model * c.d_ff
+    embeddings = c.vocab_size * c.d_model * (1 if c.tied_embeddings else 2)
+    return 4 * (c.layers * layer + embeddings) / 1e9
+
+
+def _cache_gb(config, engine) -> float:
+    c = weights.load_config(config)
+    tokens = engine.slots * engine.cache_length + engine.prefix_blocks * engine.prefill_chunk
+    return 4 * 2 * c.layers * c.kv_heads * c.head_dim * tokens / 1e9
+
+
+def _service_memory(config: RunConfig) -> float:
+    if config.service is None:
+        return 0.0
+    model = config.service.model
+    # Twice the parameters while they are turned from their stacked form into the engine's.
+    return _PROCESS_GB + 2 * _parameters_gb(model) + _cache_gb(model, config.service.engine)
+
+
+def _training_memory(config: RunConfig) -> float:
+    c, t = weights.load_config(config.student), config.training
+    # Parameters, two moments and gradients of every worker.
+    state = 4 * config.gossip.workers * _parameters_gb(config.student)
+    per_token = c.layers * (8 * c.d_model + 4 * c.d_ff + c.heads * t.row_tokens)
+    activations = 4 * t.rows * t.row_tokens * (c.d_model if t.recompute else per_token) / 1e9
+    logits = 3 * 4 * t.rows * t.row_response_tokens * c.vocab_size / 1e9
+    return _PROCESS_GB + state + config.gossip.workers * (activations + logits)
+
+
+def estimate_lines(config: RunConfig, prompts: Sequence[Prompt]) -> list[str]:
+    """The estimate as a person reads it."""
+    e = estimate(config, prompts)
+    counts = ", ".join(f"{count} {split}" for split, count in e.prompts.items())
+    return [
+        f"run folder           {config.run_folder}",
+        f"prompts              {counts}",
+        f"teachers             {', '.join(teacher.name for teacher in config.teachers)}",
+        f"answers to generate  {e.answers_generated} (every teacher on every prompt: "
+        f"{e.answers_generate_then_select})",
+        *(f"tokens {stage:<14}{tokens:>7,}" for stage, tokens in e.tokens.items()),
+        f"tokens in all        {sum(e.tokens.values()):>7,}",
+        f"memory               {e.service_memory_gb:.1f} GB sampling service, "
+        f"{e.training_memory_gb:.1f} GB training (not at the same time)",
+    ]

@@ -1,0 +1,50 @@
+"""Stage evaluate: the student answers the eval prompts greedily, before and after training."""
+
+from collections.abc import Callable, Sequence
+
+from persyn_jax.evaluation.verifiers import VERIFIERS
+from persyn_jax.models import tokenizer
+from persyn_jax.models.weights import Model
+from persyn_jax.records import Prompt, Score
+from persyn_jax.sampling.config import EngineConfig
+from persyn_jax.sampling.engine import Engine, Request
+
+
+def evaluate(
+    prompts: Sequence[Prompt],
+    load_before: Callable[[], Model],
+    load_after: Callable[[], Model],
+    max_tokens: int,
+    config: EngineConfig,
+) -> list[Score]:
+    """Scores of both models on the eval prompts that have a reference answer.
+
+    Each model is loaded when its turn comes, so that one is in memory at a time; they have one shape.
+    """
+    examined = [prompt for prompt in prompts if prompt.split == "eval" and prompt.answer is not None]
+    if not examined:
+        raise RuntimeError("no eval prompt has a reference answer: nothing to score the student on")
+    before = load_before()
+    requests = [
+        Request(tuple(tokenizer.prompt_ids(before.tokenizer, prompt.messages)), max_tokens)
+        for prompt in examined
+    ]
+    engine = Engine(before, config)
+    del before
+    scores = _scores("before", examined, requests, engine)
+    engine.load_params(load_after().params)
+    return scores + _scores("after", examined, requests, engine)
+
+
+def _scores(name: str, prompts: list[Prompt], requests: list[Request], engine: Engine) -> list[Score]:
+    return [
+        Score(
+            prompt_id=prompt.id,
+            source=prompt.source,
+            model=name,
+            text=completion.text,
+            finish_reason=completion.finish_reason,
+            score=VERIFIERS[prompt.verifier](completion.text, prompt.answer or ""),
+        )
+        for prompt, completion in zip(prompts, engine.generate(requests), strict=True)
+    ]

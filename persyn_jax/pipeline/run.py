@@ -1,0 +1,163 @@
+"""A run being worked on: its folder, its sampling service, and how a stage is run, skipped or refused.
+
+Heavy imports stay inside the functions: rerunning a finished run loads no JAX.
+"""
+
+import contextlib
+import resource
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from persyn_jax import store
+from persyn_jax.config import ConfigError, fingerprint, to_yaml
+from persyn_jax.models import spec
+from persyn_jax.models.spec import ModelConfig
+from persyn_jax.pipeline.config import RunConfig
+from persyn_jax.pipeline.progress import say
+from persyn_jax.provenance import source_fingerprint
+
+
+@dataclass
+class Run:
+    """A run being worked on: its config, its folder, and the sampling service once it is needed."""
+
+    config: RunConfig
+    overwrite: bool = False
+    _service: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    _endpoint: tuple[str, str] | None = None
+
+    @property
+    def folder(self) -> Path:
+        return self.config.run_folder
+
+    def read(self, name: str, record_type: type) -> list:
+        return store.read_records(self.folder / name, record_type)
+
+    def write(self, name: str, records: list, record_type: type) -> None:
+        store.write_records(self.folder / name, records, record_type)
+
+    def own_weights(self) -> str | None:
+        """Fingerprint of the own service's weights."""
+        service = self.config.service
+        return None if service is None else spec.fingerprint(service.model)
+
+    def own_service(self) -> tuple[str, str]:
+        """(base URL, model name) of the own service, which is started on first use."""
+        from persyn_jax.sampling.process import running_service
+
+        if self._endpoint is None:
+            assert self.config.service is not None
+            say("sampling service: loading and compiling")
+            service = running_service(self.config.service, self.config.run.platform)
+            self._endpoint = (self._service.enter_context(service), self.config.service.name)
+        return self._endpoint
+
+    def service_counters(self) -> dict[str, float]:
+        """What the own service's engine has done so far; empty if it is not running."""
+        from persyn_jax.sampling.process import read_counters
+
+        return {} if self._endpoint is None else read_counters(self._endpoint[0])
+
+    def stop_service(self) -> None:
+        self._service.close()
+        self._endpoint = None
+
+    def mesh(self):
+        """The mesh of the gossip workers, one device each."""
+        from persyn_jax import mesh
+
+        workers = self.config.gossip.workers
+        try:
+            mesh.start_platform(self.config.run.platform, workers)
+        except ValueError as error:
+            raise ConfigError(f"gossip.workers: {error}") from None
+        return mesh.make_mesh(workers)
+
+
+@contextlib.contextmanager
+def open_run(config: RunConfig, overwrite: bool = False) -> Iterator[Run]:
+    """Prepares and holds the run folder; stops the sampling service on the way out, however that is."""
+    store.prepare(config.run_folder)
+    with store.hold(config.run_folder):
+        store.write_text(config.run_folder / "config.yaml", to_yaml(config))
+        run = Run(config, overwrite)
+        try:
+            yield run
+        finally:
+            run.stop_service()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: a pure function in a module of its own, and how the run folder meets it."""
+
+    name: str
+    module: str
+    """The module of this package whose source, with all that it imports, decides the result."""
+    reads: tuple[str, ...]
+    """Files and folders of the run folder, written by earlier stages."""
+    writes: tuple[str, ...]
+    section: Callable[[RunConfig], Any]
+    """The part of the config that it depends on, as plain values."""
+    models: Callable[[RunConfig], tuple[ModelConfig, ...]]
+    """The models that it depends on."""
+    files: Callable[[RunConfig], tuple[Path, ...]]
+    """The user's files that it reads."""
+    work: Callable[[Run, str], dict[str, Any]]
+    """(run, fingerprint of everything it depends on) -> summary. What depends on time stands under `measured`."""
+
+
+def run_stage(stage: Stage, run: Run) -> store.Manifest:
+    """Runs a stage unless it is finished already.
+
+    Raises ConfigError when it is finished with other fingerprints (see `store.finished`) and
+    `run.overwrite` is not set.
+    """
+    now = _fingerprints(stage, run)
+    try:
+        if (manifest := store.finished(run.folder, stage.name, now)) is not None:
+            say(f"{stage.name}: finished before")
+            return manifest
+    except ConfigError:
+        if not run.overwrite:
+            raise
+        store.discard(run.folder, stage.name)
+    say(f"{stage.name}: started")
+    started = time.monotonic()
+    summary = stage.work(run, fingerprint([now.inputs, now.config, now.source]))
+    seconds = time.monotonic() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    summary["measured"] = summary.get("measured", {}) | {"peak_memory_gb": round(peak, 2)}
+    say(f"{stage.name}: done in {seconds:.0f} s")
+    return store.finish(run.folder, stage.name, now, list(stage.writes), summary, seconds)
+
+
+def _fingerprints(stage: Stage, run: Run) -> store.Fingerprints:
+    inputs = {}
+    for name in stage.reads:
+        if not (run.folder / name).exists():
+            raise ConfigError(
+                f"{run.folder}: stage {stage.name} needs {name}; run the stage before it first"
+            )
+        inputs[name] = _path_fingerprint(run.folder / name)
+    for path in stage.files(run.config):
+        if not path.is_file():
+            raise ConfigError(f"{path}: no such file")
+        inputs[str(path)] = _path_fingerprint(path)
+    for model in stage.models(run.config):
+        inputs[f"model {model.weights}"] = spec.fingerprint(model)
+    return store.Fingerprints(
+        inputs=inputs,
+        config=fingerprint(stage.section(run.config)),
+        source=source_fingerprint(stage.module),
+    )
+
+
+def _path_fingerprint(path: Path) -> str:
+    if path.is_file():
+        return store.sha256_of(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return fingerprint([[str(file.relative_to(path)), store.sha256_of(file)] for file in files])

@@ -1,0 +1,118 @@
+"""The records that stages hand to each other: plain frozen dataclasses.
+
+`store` keeps one Parquet file of each kind.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, TypedDict
+
+Split = Literal["calibration", "train", "eval"]
+
+
+class Message(TypedDict):
+    """One turn of a conversation, as every chat endpoint takes it."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question: the conversation that ends with it, and how an answer to it is verified."""
+
+    id: str
+    messages: list[Message]
+    source: str
+    """Name of the source that it comes from (a key of the config's `sources`)."""
+    split: Split
+    answer: str | None
+    """Reference answer; null where the source has none, and then quality is not measured (see
+    `routing.rewards`)."""
+    verifier: str
+    """Name of the function in `evaluation.verifiers` that compares an answer with the reference."""
+    source_licence: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one teacher said to one prompt. Never holds times: the same run gives the same bytes."""
+
+    key: str
+    """Hash of (messages, teacher fingerprint, sample index): the key of the answer store."""
+    prompt_id: str
+    teacher: str
+    sample_index: int
+    text: str
+    finish_reason: str
+    """`stop` (the teacher ended it), `length` (cut off), or `error` (the endpoint failed)."""
+    prompt_tokens: int
+    completion_tokens: int
+    usd: float | None
+    """Price in US dollars; null if the teacher's price is unknown, never 0 for unknown."""
+    licence: str
+    error: str | None
+
+    @property
+    def usable(self) -> bool:
+        """Whether it may be trained on: complete and not empty. Otherwise its quality is 0."""
+        return self.finish_reason == "stop" and bool(self.text.strip())
+
+
+@dataclass(frozen=True)
+class Reward:
+    """The reward of one answer for one student, with every term it is made of (PerSyn eq. 1, 2)."""
+
+    key: str
+    prompt_id: str
+    teacher: str
+    usable: bool
+    quality: float | None
+    """Verifier's score in [0, 1]; 0 for an unusable answer; null where the prompt has no reference
+    answer."""
+    learnability: float
+    """Mean log-likelihood of a response token under the student, in nats; EOS counts if it was
+    generated."""
+    response_tokens: int
+    quality_standardised: float
+    learnability_standardised: float
+    total: float
+    """(1 - alpha) * quality_standardised + alpha * learnability_standardised."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """The router's word on one prompt."""
+
+    prompt_id: str
+    coefficients: list[float]
+    """Bradley-Terry coefficients in the order of the config's teachers."""
+    teacher: str
+    margin: float
+    """Best minus second-best coefficient."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training row in the form that trainers read: the conversation with the chosen teacher's
+    answer last."""
+
+    id: str
+    messages: list[Message]
+    teacher: str
+    source: str
+    teacher_licence: str
+    source_licence: str
+
+
+@dataclass(frozen=True)
+class Score:
+    """One eval prompt answered by one model."""
+
+    prompt_id: str
+    source: str
+    model: str
+    """`before` or `after`."""
+    text: str
+    finish_reason: str
+    score: float
+    """Verifier's score in [0, 1]."""

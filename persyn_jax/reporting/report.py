@@ -1,0 +1,209 @@
+"""report.json: what a run did and what came of it. Every key is documented in schema.md."""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from persyn_jax.intervals import Interval, mean_ci95, paired_difference_ci95
+from persyn_jax.records import Answer, Example, Prompt, Reward, Route, Score
+
+SPLITS = ("calibration", "train", "eval")
+
+
+@dataclass(frozen=True)
+class RunRecords:
+    """Everything that the stages of a run wrote, and nothing measured anew."""
+
+    run: dict[str, Any]
+    """name, seed, version, config_fingerprint, platform, workers, student_model."""
+    teachers: dict[str, str]
+    """Licence by teacher, in the order of the config (which is that of a route's coefficients)."""
+    prompts: list[Prompt]
+    calibration_answers: list[Answer]
+    """Every teacher's answer to every calibration prompt."""
+    rewards: list[Reward]
+    """One for each calibration answer."""
+    routes: list[Route]
+    """The router's word on each train prompt; on calibration prompts too, if it was asked."""
+    chosen_answers: list[Answer]
+    """The chosen teacher's answer to each calibration and train prompt."""
+    examples: list[Example]
+    """What the student was trained on or held out of its training: the usable chosen answers."""
+    scores: list[Score]
+    """Each eval prompt once `before`, once `after`."""
+    router: dict[str, Any]
+    """The metrics of `routing.verdict`, with `trained_on` and `pairs`."""
+    training_metrics: list[dict[str, Any]]
+    """The rows of metrics.jsonl of the stage train_student, one a round."""
+    gossip: dict[str, Any]
+    """exchange_probability, compiled_programs."""
+    stages: dict[str, dict[str, Any]]
+    """By stage: seconds, and whatever else was timed."""
+
+
+def build_report(records: RunRecords) -> dict[str, Any]:
+    """The report as plain values, ready for JSON. The same records give the same report."""
+    return {
+        "run": records.run,
+        "prompts": _prompts(records.prompts),
+        "teachers": _teachers(records),
+        "router": records.router,
+        "cost": _cost(records),
+        "student": _student(records),
+        "gossip": _gossip(records),
+        "stages": records.stages,
+    }
+
+
+def _prompts(prompts: list[Prompt]) -> dict[str, Any]:
+    of_source = _grouped(prompts, lambda prompt: prompt.source)
+    return {
+        **_split_counts(prompts),
+        "sources": {
+            source: {
+                **_split_counts(members),
+                "licence": members[0].source_licence,
+                "without_reference": sum(prompt.answer is None for prompt in members),
+            }
+            for source, members in of_source.items()
+        },
+    }
+
+
+def _split_counts(prompts: list[Prompt]) -> dict[str, int]:
+    counts = Counter(prompt.split for prompt in prompts)
+    return {split: counts[split] for split in SPLITS}
+
+
+def _teachers(records: RunRecords) -> dict[str, Any]:
+    source_of = {prompt.id: prompt.source for prompt in records.prompts}
+    routes_of_source = _grouped(records.routes, lambda route: source_of[route.prompt_id])
+    return {
+        "by_teacher": {teacher: _teacher(records, teacher) for teacher in records.teachers},
+        "share_by_source": {
+            source: teacher_shares(routes, records.teachers)
+            for source, routes in routes_of_source.items()
+        },
+    }
+
+
+def _teacher(records: RunRecords, teacher: str) -> dict[str, Any]:
+    answers = [answer for answer in records.calibration_answers if answer.teacher == teacher]
+    rewards = [reward for reward in records.rewards if reward.teacher == teacher]
+    fates = Counter(_fate(answer) for answer in answers)
+    routed = sum(route.teacher == teacher for route in records.routes)
+    return {
+        "calibration_answers": len(answers),
+        **{fate: fates[fate] for fate in ("usable", "empty", "truncated", "failed")},
+        "mean_quality": _mean(r.quality for r in rewards if r.quality is not None),
+        "mean_learnability": _mean(reward.learnability for reward in rewards),
+        "strictly_best_quality_share": _strictly_best_share(records.rewards, teacher),
+        "routed": routed,
+        "routed_share": routed / len(records.routes),
+        "licence": records.teachers[teacher],
+    }
+
+
+def _fate(answer: Answer) -> str:
+    if answer.usable:
+        return "usable"
+    return {"error": "failed", "length": "truncated"}.get(answer.finish_reason, "empty")
+
+
+def _strictly_best_share(rewards: list[Reward], teacher: str) -> float | None:
+    """Share of the prompts with a quality on which `teacher` beats every other teacher."""
+    qualities_of_prompt: dict[str, dict[str, float]] = defaultdict(dict)
+    for reward in rewards:
+        if reward.quality is not None:
+            qualities_of_prompt[reward.prompt_id][reward.teacher] = reward.quality
+    wins = [
+        all(qualities[teacher] > q for other, q in qualities.items() if other != teacher)
+        for qualities in qualities_of_prompt.values()
+    ]
+    return _mean(wins)
+
+
+def teacher_shares(routes: list[Route], teachers: Iterable[str]) -> dict[str, float]:
+    """The share of `routes` that goes to each teacher."""
+    counts = Counter(route.teacher for route in routes)
+    return {teacher: counts[teacher] / len(routes) for teacher in teachers}
+
+
+def _cost(records: RunRecords) -> dict[str, Any]:
+    """Counts each answer once: some of the chosen answers are calibration answers too."""
+    answers = {
+        answer.key: answer for answer in records.calibration_answers + records.chosen_answers
+    }.values()
+    counts = _split_counts(records.prompts)
+    asked = counts["calibration"] + counts["train"]
+    teachers = len(records.teachers)
+    prices = [answer.usd for answer in answers]
+    known = [price for price in prices if price is not None]
+    return {
+        "answers_generated": len(answers),
+        "answers_generate_then_select": asked * teachers,
+        "answers_expected": asked + counts["calibration"] * (teachers - 1),
+        "prompt_tokens": sum(answer.prompt_tokens for answer in answers),
+        "completion_tokens": sum(answer.completion_tokens for answer in answers),
+        "usd": math.fsum(known) if len(known) == len(prices) else None,
+    }
+
+
+def _student(records: RunRecords) -> dict[str, Any]:
+    held_out = [row["held_out_loss"] for row in records.training_metrics if "held_out_loss" in row]
+    of_source = _grouped(records.scores, lambda score: score.source)
+    return {
+        "eval_prompts": len({score.prompt_id for score in records.scores}),
+        **_before_and_after(records.scores),
+        "by_source": {source: _before_and_after(scores) for source, scores in of_source.items()},
+        "training_examples": len(records.examples),
+        "training_tokens": sum(row["tokens"] for row in records.training_metrics),
+        "held_out_loss": {
+            "first": _mean(held_out[0]) if held_out else None,
+            "last": _mean(held_out[-1]) if held_out else None,
+        },
+    }
+
+
+def _before_and_after(scores: list[Score]) -> dict[str, Any]:
+    before = {score.prompt_id: score.score for score in scores if score.model == "before"}
+    after = {score.prompt_id: score.score for score in scores if score.model == "after"}
+    paired = [after[prompt_id] for prompt_id in before]
+    return {
+        "before": _as_values(mean_ci95(list(before.values()))),
+        "after": _as_values(mean_ci95(paired)),
+        "paired_difference": _as_values(paired_difference_ci95(paired, list(before.values()))),
+    }
+
+
+def _gossip(records: RunRecords) -> dict[str, Any]:
+    rows = records.training_metrics
+    return {
+        "workers": records.run["workers"],
+        "exchange_probability": records.gossip["exchange_probability"],
+        "rounds": len(rows),
+        "exchanges": sum(row["pushes"] for row in rows),
+        "sum_weight_total": math.fsum(rows[-1]["sum_weight"]),
+        "sum_weights": rows[-1]["sum_weight"],
+        "compiled_programs": records.gossip["compiled_programs"],
+        "consensus_distance": rows[-1]["consensus_distance"],
+    }
+
+
+def _as_values(interval: Interval) -> dict[str, Any]:
+    return {"mean": interval.mean, "ci95": [interval.low, interval.high]}
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    values = list(values)
+    return math.fsum(values) / len(values) if values else None
+
+
+def _grouped(items: Iterable[Any], key) -> dict[str, list[Any]]:
+    """Items by key, in the order of appearance."""
+    groups: dict[str, list[Any]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups

@@ -1,0 +1,62 @@
+"""From rewards to what a router learns from: the matrix of one term, and the pairs of its
+ranking."""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from persyn_jax.records import Reward
+
+Term = Literal["total", "quality", "learnability"]
+
+
+def reward_matrix(
+    rewards: Sequence[Reward],
+    prompt_ids: Sequence[str],
+    teachers: Sequence[str],
+    term: Term = "total",
+) -> np.ndarray:
+    """One term of the rewards as float64[N, M]: rows in the order of `prompt_ids`, columns in that
+    of `teachers`.
+
+    A quality that is null becomes NaN. Rewards of other prompts and teachers are left aside.
+    Raises ValueError: no reward, or more than one, for some prompt and teacher.
+    """
+    row_of = {prompt_id: n for n, prompt_id in enumerate(prompt_ids)}
+    column_of = {teacher: m for m, teacher in enumerate(teachers)}
+    matrix_NM = np.full((len(row_of), len(column_of)), np.nan)
+    count_NM = np.zeros(matrix_NM.shape, dtype=int)
+    for reward in rewards:
+        if reward.prompt_id in row_of and reward.teacher in column_of:
+            cell = row_of[reward.prompt_id], column_of[reward.teacher]
+            value = getattr(reward, term)
+            matrix_NM[cell] = np.nan if value is None else value
+            count_NM[cell] += 1
+    wrong = np.argwhere(count_NM != 1)
+    if len(wrong):
+        n, m = wrong[0]
+        raise ValueError(
+            f"prompt {prompt_ids[n]!r} has {count_NM[n, m]} rewards of teacher {teachers[m]!r} and "
+            f"must have 1; so {len(wrong)} of {count_NM.size} pairs of prompt and teacher"
+        )
+    return matrix_NM
+
+
+class Preferences(NamedTuple):
+    """P pairs of teachers, each on one prompt: the data of the Bradley-Terry loss (PerSyn eq.
+    3)."""
+
+    prompt_index_P: np.ndarray
+    """int32: row of the matrix that the pair comes from."""
+    winner_P: np.ndarray
+    """int32: teacher with the higher total."""
+    loser_P: np.ndarray
+    """int32: teacher with the lower total."""
+
+
+def make_preferences(total_NM: np.ndarray) -> Preferences:
+    """Every (winner, loser) with strictly different totals, in the order of prompt, winner, loser;
+    a tie makes none."""
+    wins_NMM = total_NM[:, :, None] > total_NM[:, None, :]
+    return Preferences(*(index_P.astype(np.int32) for index_P in np.nonzero(wins_NMM)))

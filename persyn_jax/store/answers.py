@@ -1,0 +1,195 @@
+"""The answer store: one SQLite file, shared by runs and students: no answer is ever paid for twice.
+
+It lives on the local disk of the driver machine: SQLite's locks fail on network file systems.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import sqlite3
+import threading
+from collections.abc import Generator, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tenacity
+
+from persyn_jax.config import ConfigError
+from persyn_jax.records import Answer, Message
+
+BUSY_TIMEOUT_SECONDS = 60.0
+
+_APPLICATION_ID = 0x50657253  # "PerS": tells our files from any other SQLite file
+_VERSION = 1
+_TABLE = """
+CREATE TABLE answers (
+    key TEXT PRIMARY KEY,
+    teacher TEXT NOT NULL,
+    teacher_fingerprint TEXT NOT NULL,
+    sample_index INTEGER NOT NULL,
+    text TEXT NOT NULL,
+    token_ids TEXT,
+    finish_reason TEXT NOT NULL,
+    prompt_tokens INTEGER NOT NULL,
+    completion_tokens INTEGER NOT NULL,
+    usd REAL,
+    licence TEXT NOT NULL,
+    error TEXT,
+    server TEXT NOT NULL,
+    latency_seconds REAL NOT NULL,
+    created_at TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ', 'now'))
+)
+"""
+
+
+@dataclass(frozen=True)
+class StoredAnswer:
+    """A row: an answer, how it was made, and no prompt id, because equal prompts share it."""
+
+    key: str
+    teacher: str
+    """The teacher's name in the run that asked; another run may call it something else."""
+    teacher_fingerprint: str
+    sample_index: int
+    text: str
+    token_ids: list[int] | None
+    """The answer's tokens; null where the endpoint does not return them."""
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+    usd: float | None
+    licence: str
+    error: str | None
+    server: str
+    latency_seconds: float
+
+    def for_prompt(self, prompt_id: str, teacher: str) -> Answer:
+        """The record of this answer to one prompt, under this run's name of the teacher."""
+        return Answer(
+            key=self.key,
+            prompt_id=prompt_id,
+            teacher=teacher,
+            sample_index=self.sample_index,
+            text=self.text,
+            finish_reason=self.finish_reason,
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=self.completion_tokens,
+            usd=self.usd,
+            licence=self.licence,
+            error=self.error,
+        )
+
+
+_COLUMNS = [field.name for field in dataclasses.fields(StoredAnswer)]
+_SELECT = f"""
+SELECT {", ".join(_COLUMNS)} FROM answers WHERE key IN (SELECT value FROM json_each(?))
+"""
+# A committed answer stays as it is. A committed failure is no answer: the next attempt replaces it.
+_PUT = f"""
+INSERT INTO answers ({", ".join(_COLUMNS)})
+VALUES ({", ".join(f":{column}" for column in _COLUMNS)})
+ON CONFLICT (key) DO UPDATE SET {", ".join(f"{column} = excluded.{column}" for column in _COLUMNS)}
+WHERE answers.finish_reason = 'error'
+"""
+
+# SQLite's own waiting does not cover the change to WAL, where two openers of a new file may meet.
+_while_busy = tenacity.Retrying(
+    retry=tenacity.retry_if_exception(
+        lambda error: getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY
+    ),
+    stop=tenacity.stop_after_delay(BUSY_TIMEOUT_SECONDS),
+    wait=tenacity.wait_fixed(0.01),
+    reraise=True,
+)
+
+
+def answer_key(messages: list[Message], teacher_fingerprint: str, sample_index: int) -> str:
+    """Hex SHA-256 of (messages, teacher fingerprint, sample index) as canonical JSON."""
+    canonical = json.dumps(
+        [messages, teacher_fingerprint, sample_index], sort_keys=True, separators=(",", ":")
+    )
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+class AnswerStore:
+    """An open answer store; threads may share one, processes open their own. A context manager.
+
+    A call of `put` that returned is on the disk: neither a kill nor a power loss takes it away.
+    All methods raise ConfigError naming the file: not a store, not writable, disk full, locked for
+    a minute by others.
+    """
+
+    def __init__(self, path: Path):
+        """Opens the store at `path`, or makes an empty one (and its folder)."""
+        self._path = path
+        self._lock = threading.Lock()
+        with self._errors_named():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._connection = sqlite3.connect(
+                path, timeout=BUSY_TIMEOUT_SECONDS, isolation_level=None, check_same_thread=False
+            )
+            try:
+                self._set_up()
+            except BaseException:
+                self._connection.close()
+                raise
+
+    def get(self, keys: Iterable[str]) -> dict[str, StoredAnswer]:
+        """The stored answers among `keys`, by key; failures (finish reason `error`) included."""
+        with self._errors_named(), self._lock:
+            rows = self._connection.execute(_SELECT, [json.dumps(list(keys))]).fetchall()
+        return {answer.key: answer for answer in map(_from_row, rows)}
+
+    def put(self, answer: StoredAnswer) -> None:
+        """Commits `answer`, unless its key has one already."""
+        row = {name: getattr(answer, name) for name in _COLUMNS}
+        row["token_ids"] = None if answer.token_ids is None else json.dumps(answer.token_ids)
+        with self._errors_named(), self._lock:
+            self._connection.execute(_PUT, row)
+
+    def count(self) -> int:
+        """Number of rows."""
+        with self._errors_named(), self._lock:
+            return self._connection.execute("SELECT count(*) FROM answers").fetchone()[0]
+
+    def __enter__(self) -> "AnswerStore":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._connection.close()
+
+    def _set_up(self) -> None:
+        execute = self._connection.execute
+        execute("PRAGMA synchronous = FULL")  # a commit returns after its fsync
+        execute("BEGIN IMMEDIATE")  # two processes may be making the same new store
+        (tables,) = execute("SELECT count(*) FROM sqlite_master").fetchone()
+        if tables == 0:
+            execute(_TABLE)
+            execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+            execute(f"PRAGMA user_version = {_VERSION}")
+        execute("COMMIT")
+        (application_id,) = execute("PRAGMA application_id").fetchone()
+        (version,) = execute("PRAGMA user_version").fetchone()
+        if application_id != _APPLICATION_ID:
+            raise ConfigError(f"{self._path}: a database of another program, not an answer store")
+        if version != _VERSION:
+            raise ConfigError(
+                f"{self._path}: answer store of version {version}; this program reads {_VERSION}"
+            )
+        _while_busy(execute, "PRAGMA journal_mode = WAL")
+
+    @contextlib.contextmanager
+    def _errors_named(self) -> Generator[None]:
+        try:
+            yield
+        except (sqlite3.Error, OSError, UnicodeEncodeError) as error:
+            raise ConfigError(f"{self._path}: answer store: {error}") from None
+
+
+def _from_row(row: tuple) -> StoredAnswer:
+    values: dict[str, Any] = dict(zip(_COLUMNS, row, strict=True))
+    if values["token_ids"] is not None:
+        values["token_ids"] = json.loads(values["token_ids"])
+    return StoredAnswer(**values)

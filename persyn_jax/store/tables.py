@@ -1,0 +1,99 @@
+"""Records as Parquet: the schema comes from the dataclass, the bytes from the records alone.
+
+Anything that reads Parquet opens the files, `datasets.load_dataset("parquet", data_files=...)` too
+(unless a table has no rows).
+"""
+
+import dataclasses
+import io
+import types
+import typing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from persyn_jax.config import ConfigError
+from persyn_jax.store.files import write_bytes
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Record = TypeVar("Record", bound="DataclassInstance")
+
+_SCALARS = {str: pa.string(), float: pa.float64(), int: pa.int64(), bool: pa.bool_()}
+
+
+def write_records(path: Path, records: list[Record], record_type: type[Record]) -> None:
+    """Writes `records`, all of one dataclass, atomically; equal records give equal bytes.
+
+    Raises ConfigError naming `path`: a value that is not of its field's type, text with a lone
+    surrogate, disk full.
+    """
+    rows = [dataclasses.asdict(record) for record in records]
+    try:
+        table = pa.Table.from_pylist(rows, schema=schema_of(record_type))
+        sink = io.BytesIO()
+        pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    except (pa.ArrowException, UnicodeEncodeError) as error:
+        raise ConfigError(f"{path}: cannot hold these records: {_one_line(error)}") from None
+    write_bytes(path, sink.getvalue())
+
+
+def read_records(path: Path, record_type: type[Record]) -> list[Record]:
+    """The records in the file at `path`, in order.
+
+    Raises ConfigError naming `path`: no such file, damaged file, records of another kind.
+    """
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            table, metadata = file.read(), file.metadata
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise ConfigError(f"{path}: missing, damaged or not Parquet: {_one_line(error)}") from None
+    # The pages carry checksums, the row count at the end of the file does not.
+    groups = range(metadata.num_row_groups)
+    if table.num_rows != sum(metadata.row_group(group).num_rows for group in groups):
+        raise ConfigError(f"{path}: damaged: its row counts disagree")
+    schema = schema_of(record_type)
+    if not table.schema.equals(schema):
+        difference = sorted(set(table.schema) ^ set(schema), key=lambda column: column.name)
+        columns = ", ".join(dict.fromkeys(column.name for column in difference))
+        raise ConfigError(
+            f"{path}: holds no {record_type.__name__} records: columns that differ: {columns}"
+        )
+    return [record_type(**row) for row in table.to_pylist()]
+
+
+def schema_of(record_type: type) -> pa.Schema:
+    """The Arrow schema of a record dataclass; `| None` in an annotation makes a field nullable.
+
+    Raises TypeError for an annotation that no record uses.
+    """
+    hints = typing.get_type_hints(record_type)
+    return pa.schema([_column(name, hint) for name, hint in hints.items()])
+
+
+def _column(name: str, hint: Any) -> pa.Field:
+    arguments = typing.get_args(hint)
+    if isinstance(hint, types.UnionType) and len(arguments) == 2 and arguments[1] is type(None):
+        return pa.field(name, _arrow_type(arguments[0]), nullable=True)
+    return pa.field(name, _arrow_type(hint), nullable=False)
+
+
+def _arrow_type(hint: Any) -> pa.DataType:
+    if hint in _SCALARS:
+        return _SCALARS[hint]
+    if typing.get_origin(hint) is Literal:
+        return pa.string()
+    if typing.get_origin(hint) is list:
+        (item,) = typing.get_args(hint)
+        return pa.list_(_column("item", item))
+    if typing.is_typeddict(hint):
+        fields = typing.get_type_hints(hint)
+        return pa.struct([_column(name, field) for name, field in fields.items()])
+    raise TypeError(f"no Parquet column type for the annotation {hint}")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

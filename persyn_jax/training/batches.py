@@ -1,0 +1,94 @@
+"""Which examples each worker sees in which step: a plan made from the seed before training starts.
+
+A plan is data, so resuming needs nothing but the number of the step.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from persyn_jax.models import rows
+from persyn_jax.models.rows import Conversation, Rows
+from persyn_jax.streams import numpy_stream
+from persyn_jax.training.config import TrainConfig
+
+Row = list[int]
+"""Indices of the examples packed into one row."""
+Plan = list[list[list[Row]]]
+"""plan[step][worker]: the rows of that worker's batch."""
+
+
+def make_plan(
+    examples: Sequence[Conversation], config: TrainConfig, workers: int, seed: int
+) -> Plan:
+    """Deals the examples to workers once, then shuffles and packs each worker's share anew every epoch.
+
+    In an epoch every example is seen exactly once, by one worker. Workers take the same number of steps: a worker whose
+    share packs into fewer rows ends its epoch with empty ones (no tokens, zero gradient).
+    Raises ValueError naming the first example that does not fit in a row.
+    """
+    for index, example in enumerate(examples):
+        if (
+            example.length > config.row_tokens
+            or len(example.response) > config.row_response_tokens
+        ):
+            raise ValueError(
+                f"example {index} has {example.length} tokens ({len(example.response)} of them response); "
+                f"a row holds {config.row_tokens} ({config.row_response_tokens})"
+            )
+    dealt = numpy_stream(seed, "deal examples").permutation(len(examples))
+    plan: Plan = []
+    for epoch in range(config.epochs):
+        rows_by_worker = []
+        for worker in range(workers):
+            share = dealt[worker::workers]
+            order = numpy_stream(seed, "shuffle examples", epoch, worker).permutation(share)
+            rows_by_worker.append(first_fit(examples, order.tolist(), config))
+        steps = max(-(-len(worker_rows) // config.rows) for worker_rows in rows_by_worker)
+        for step in range(steps):
+            first, last = step * config.rows, (step + 1) * config.rows
+            plan.append([_padded(own[first:last], config.rows) for own in rows_by_worker])
+    return plan
+
+
+def first_fit(examples: Sequence[Conversation], order: list[int], config: TrainConfig) -> list[Row]:
+    """Packs the examples of `order`, one after the other, each into the first row that has room for it."""
+    packed: list[Row] = []
+    room: list[tuple[int, int]] = []  # tokens and response tokens left in each row
+    for index in order:
+        length, response = examples[index].length, len(examples[index].response)
+        for place, (tokens, responses) in enumerate(room):
+            if length <= tokens and response <= responses:
+                break
+        else:
+            place = len(packed)
+            packed.append([])
+            room.append((config.row_tokens, config.row_response_tokens))
+        packed[place].append(index)
+        room[place] = (room[place][0] - length, room[place][1] - response)
+    return packed
+
+
+def _padded(own: list[Row], count: int) -> list[Row]:
+    return own + [[] for _ in range(count - len(own))]
+
+
+def batch_rows(examples: Sequence[Conversation], own: list[Row], config: TrainConfig) -> Rows:
+    """One worker's batch of one step, as NumPy: [B, T] and [B, R]."""
+    conversations = [[examples[index] for index in row] for row in own]
+    return rows.pack(conversations, config.row_tokens, config.row_response_tokens)
+
+
+def stack_workers(batches: Sequence) -> Rows:
+    """One batch a worker -> one batch of all workers: each leaf [...] becomes [W, ...]."""
+    import jax
+
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
+
+
+def hold_out(examples: Sequence[Conversation], count: int, seed: int) -> tuple[list[int], list[int]]:
+    """(indices to train on, indices held out), both in order; at most half is held out."""
+    count = min(count, len(examples) // 2)
+    held_out = set(numpy_stream(seed, "hold out").permutation(len(examples))[:count].tolist())
+    train = [index for index in range(len(examples)) if index not in held_out]
+    return train, sorted(held_out)

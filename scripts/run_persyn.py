@@ -1,0 +1,43 @@
+"""Runs all stages: calibrate, score, train_router, route, generate, train_student, evaluate, report.
+
+    uv run scripts/run_persyn.py --config configs/quickstart.yaml
+
+Run it again and it does nothing; kill it and run it again and it goes on where it was.
+"""
+
+from persyn_jax.pipeline.command import (
+    OVERWRITE,
+    end_with_one_line,
+    parse_arguments,
+)
+
+
+def main() -> None:
+    arguments = parse_arguments(
+        "Route then generate: all stages of a run, one after the other.",
+        ("--dry-run", "print stages, counts, tokens and memory, and compute nothing"),
+        OVERWRITE,
+    )
+    from persyn_jax import config, store
+    from persyn_jax.pipeline.config import RunConfig
+    from persyn_jax.pipeline.estimate import estimate_lines
+    from persyn_jax.pipeline.run import open_run, run_stage
+    from persyn_jax.pipeline.stages import STAGES, make_prompts
+    from persyn_jax.reporting.summary import summary_lines
+
+    loaded = config.load(RunConfig, arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        print("\n".join(estimate_lines(loaded, make_prompts(loaded))))
+        return
+    with open_run(loaded, arguments.overwrite) as run:
+        for stage in STAGES:
+            run_stage(stage, run)
+        report = store.read_json(run.folder / "report.json")
+    if arguments.json is not None:
+        store.write_json(arguments.json, report)
+    print("\n".join(summary_lines(report)))
+    print(f"report: {loaded.run_folder / 'report.html'}")
+
+
+if __name__ == "__main__":
+    end_with_one_line(main)

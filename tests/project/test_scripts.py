@@ -1,0 +1,72 @@
+"""Every script explains itself at once, and answers a missing config with one line."""
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PRESENT = {path.name for path in (ROOT / "scripts").glob("*.py")}
+DOCUMENTED = {
+    "run_persyn.py",
+    "calibrate.py",
+    "score.py",
+    "train_router.py",
+    "route.py",
+    "generate.py",
+    "train_student.py",
+    "evaluate.py",
+    "report.py",
+    "serve_teacher.py",
+    "compile_report.py",
+}
+SCRIPTS = sorted(PRESENT | DOCUMENTED)
+
+
+def run(script: str, *words: str, folder: Path, **environment: str) -> subprocess.CompletedProcess:
+    """The script as a user runs it, from a folder that is not the project's."""
+    return subprocess.run(
+        [sys.executable, ROOT / "scripts" / script, *words],
+        cwd=folder,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def seconds_of_children() -> float:
+    """Processor time, which unlike the clock does not depend on what else the machine does."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def test_every_documented_script_is_there():
+    assert set() == DOCUMENTED - PRESENT
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_quick_and_needs_no_jax(tmp_path, script):
+    """A `jax` that cannot be imported stands before the real one."""
+    (tmp_path / "jax.py").write_text("raise ImportError('imported jax to print a help text')")
+    before = seconds_of_children()
+    result = run(script, "--help", folder=tmp_path, PYTHONPATH=str(tmp_path))
+    seconds = seconds_of_children() - before
+    assert (result.returncode, result.stderr) == (0, "")
+    assert script in result.stdout
+    assert "--config" in result.stdout
+    assert seconds < 2
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_missing_config_is_one_line_and_exit_code_2(tmp_path, script):
+    result = run(script, "--config", "nowhere.yaml", folder=tmp_path)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.endswith("\n")
+    (line,) = result.stderr.splitlines()
+    assert "nowhere.yaml" in line
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,80 @@
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from persyn_jax.records import Reward
+from persyn_jax.routing.preferences import make_preferences, reward_matrix
+
+# Few distinct values, so that ties are common.
+totals = arrays(
+    np.float64, st.tuples(st.integers(1, 5), st.integers(1, 5)), elements=st.integers(0, 3)
+)
+
+
+@given(totals)
+def test_pairs_are_all_strict_comparisons(total_NM):
+    prompts, teachers = total_NM.shape
+    expected = [
+        (n, winner, loser)
+        for n in range(prompts)
+        for winner, loser in itertools.product(range(teachers), repeat=2)
+        if total_NM[n, winner] > total_NM[n, loser]
+    ]
+    preferences = make_preferences(total_NM)
+    assert list(zip(*(index.tolist() for index in preferences), strict=True)) == expected
+    assert all(index.dtype == np.int32 for index in preferences)
+
+
+def test_without_ties_there_are_n_choose_2_pairs_a_prompt():
+    total_NM = np.random.default_rng(0).normal(size=(20, 19))
+    assert len(make_preferences(total_NM).winner_P) == 20 * 171
+
+
+def test_ties_make_no_pair():
+    assert len(make_preferences(np.zeros((4, 3))).winner_P) == 0
+
+
+def reward(prompt_id, teacher, total=0.0, quality=None):
+    return Reward(
+        key=f"{prompt_id}/{teacher}",
+        prompt_id=prompt_id,
+        teacher=teacher,
+        usable=True,
+        quality=quality,
+        learnability=-1.0,
+        response_tokens=3,
+        quality_standardised=0.0,
+        learnability_standardised=0.0,
+        total=total,
+    )
+
+
+REWARDS = [
+    reward("q", "b", 4.0, 1.0),
+    reward("p", "a", 1.0, 0.0),
+    reward("q", "a", 3.0),
+    reward("p", "b", 2.0, 1.0),
+]
+
+
+def test_rows_and_columns_follow_the_given_order():
+    np.testing.assert_array_equal(reward_matrix(REWARDS, ["p", "q"], ["a", "b"]), [[1, 2], [3, 4]])
+    np.testing.assert_array_equal(reward_matrix(REWARDS, ["q"], ["b", "a"]), [[4, 3]])
+    quality = reward_matrix(REWARDS, ["p", "q"], ["a", "b"], term="quality")
+    np.testing.assert_array_equal(quality, [[0, 1], [np.nan, 1]])
+
+
+def test_a_missing_reward_is_named():
+    with pytest.raises(
+        ValueError, match=r"prompt 'q' has 0 rewards of teacher 'b' .* 1 of 4 pairs"
+    ):
+        reward_matrix(REWARDS[1:], ["p", "q"], ["a", "b"])
+
+
+def test_a_reward_given_twice_is_named():
+    with pytest.raises(ValueError, match="prompt 'p' has 2 rewards of teacher 'a'"):
+        reward_matrix([*REWARDS, REWARDS[1]], ["p", "q"], ["a", "b"])

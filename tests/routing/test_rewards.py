@@ -1,0 +1,186 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from persyn_jax.config import ConfigError, validate
+from persyn_jax.records import Answer, Prompt
+from persyn_jax.routing.rewards import (
+    RewardConfig,
+    combine,
+    make_rewards,
+    measure_quality,
+    standardise_within_prompt,
+)
+
+numbers = st.floats(-10, 10)
+
+
+def prompt(prompt_id="p", answer="7"):
+    return Prompt(
+        id=prompt_id,
+        messages=[{"role": "user", "content": "3 + 4?"}],
+        source="sums",
+        split="calibration",
+        answer=answer,
+        verifier="same",
+        source_licence="MIT",
+    )
+
+
+def answer(teacher, text="7", finish_reason="stop", prompt_id="p"):
+    return Answer(
+        key=f"{prompt_id}/{teacher}",
+        prompt_id=prompt_id,
+        teacher=teacher,
+        sample_index=0,
+        text=text,
+        finish_reason=finish_reason,
+        prompt_tokens=5,
+        completion_tokens=2,
+        usd=None,
+        licence="MIT",
+        error=None,
+    )
+
+
+VERIFIERS = {"same": lambda text, reference: float(text == reference)}
+
+
+def rewards_of(answers, learnability, alpha=0.4, prompts=None):
+    quality = measure_quality(prompts or [prompt()], answers, VERIFIERS)
+    return make_rewards(answers, quality, learnability, [2] * len(answers), alpha)
+
+
+# Standardisation
+
+
+def test_z_scores_by_hand():
+    # mean 3, population variance (4 + 0 + 4) / 3
+    expected = np.array([-2, 0, 2]) / np.sqrt(8 / 3)
+    np.testing.assert_allclose(standardise_within_prompt([1, 3, 5]), expected, rtol=1e-12)
+
+
+@given(st.lists(numbers, min_size=2, max_size=8, unique=True))
+def test_z_scores_have_mean_0_and_variance_1_and_keep_the_order(values):
+    z = standardise_within_prompt(values)
+    assert z.mean() == pytest.approx(0, abs=1e-9)
+    assert (z**2).mean() == pytest.approx(1)
+    assert all(z[i] <= z[j] for i in range(len(z)) for j in range(len(z)) if values[i] < values[j])
+
+
+@given(st.lists(st.integers(-100, 100), min_size=1, max_size=8), st.floats(0.1, 10), numbers)
+def test_unit_and_origin_do_not_matter(values, scale, shift):
+    moved = [scale * value + shift for value in values]
+    np.testing.assert_allclose(
+        standardise_within_prompt(moved), standardise_within_prompt(values), atol=1e-9
+    )
+
+
+@given(numbers, st.integers(1, 8))
+def test_equal_values_give_exactly_0(value, size):
+    assert (standardise_within_prompt([value] * size) == 0).all()
+
+
+def test_an_unknown_value_is_the_mean_and_moves_no_other():
+    z = standardise_within_prompt([1, np.nan, 3])
+    np.testing.assert_array_equal(z, [-1, 0, 1])
+    assert (standardise_within_prompt([np.nan, np.nan]) == 0).all()
+
+
+# Totals
+
+
+def test_totals_by_hand():
+    # quality 1, 0, 0: mean 1/3, deviation sqrt(2)/3; learnability -1, -2, -3: mean -2, sqrt(2/3)
+    answers = [answer("a"), answer("b", "8"), answer("c", "9")]
+    rewards = rewards_of(answers, [-1.0, -2.0, -3.0], alpha=0.4)
+    quality = np.array([2, -1, -1]) / np.sqrt(2)
+    learnability = np.array([1, 0, -1]) / np.sqrt(2 / 3)
+    np.testing.assert_allclose([r.quality_standardised for r in rewards], quality)
+    np.testing.assert_allclose([r.learnability_standardised for r in rewards], learnability)
+    np.testing.assert_allclose([r.total for r in rewards], 0.6 * quality + 0.4 * learnability)
+    assert [r.quality for r in rewards] == [1.0, 0.0, 0.0]
+    assert [r.learnability for r in rewards] == [-1.0, -2.0, -3.0]
+    assert [(r.key, r.teacher, r.response_tokens) for r in rewards] == [
+        ("p/a", "a", 2),
+        ("p/b", "b", 2),
+        ("p/c", "c", 2),
+    ]
+
+
+@given(st.lists(st.tuples(numbers, numbers), min_size=1, max_size=6))
+def test_alpha_0_is_quality_alone_and_alpha_1_learnability_alone(terms):
+    quality, learnability = zip(*terms, strict=True)
+    np.testing.assert_array_equal(combine(quality, learnability, 0.0), quality)
+    np.testing.assert_array_equal(combine(quality, learnability, 1.0), learnability)
+
+
+def test_where_all_are_right_learnability_decides():
+    rewards = rewards_of([answer("a"), answer("b")], [-2.0, -1.0])
+    assert [r.quality_standardised for r in rewards] == [0.0, 0.0]
+    assert [r.total for r in rewards] == [-0.4, 0.4]
+
+
+def test_without_a_reference_quality_is_null_and_learnability_decides():
+    rewards = rewards_of([answer("a"), answer("b")], [-2.0, -1.0], prompts=[prompt(answer=None)])
+    assert [r.quality for r in rewards] == [None, None]
+    assert [r.total for r in rewards] == [-0.4, 0.4]
+
+
+def test_prompts_are_standardised_apart_and_answers_keep_their_order():
+    answers = [
+        answer("a", prompt_id="p"),
+        answer("a", prompt_id="q"),
+        answer("b", prompt_id="p"),
+        answer("b", prompt_id="q"),
+    ]
+    learnability = [-1.0, -50.0, -2.0, -40.0]
+    rewards = rewards_of(answers, learnability, prompts=[prompt("p"), prompt("q")])
+    assert [r.key for r in rewards] == ["p/a", "q/a", "p/b", "q/b"]
+    assert [r.learnability_standardised for r in rewards] == [1.0, -1.0, -1.0, 1.0]
+
+
+# Unusable answers
+
+
+def test_an_unusable_answer_has_quality_0_even_if_its_text_is_right():
+    cut_off = answer("a", text="7", finish_reason="length")
+    assert measure_quality([prompt()], [cut_off], VERIFIERS) == [0.0]
+    assert measure_quality([prompt(answer=None)], [cut_off], VERIFIERS) == [None]
+
+
+unusable = st.sampled_from([("", "stop"), ("7", "length"), ("", "error")])
+usable = st.sampled_from([("7", "stop"), ("8", "stop")])
+
+
+@given(
+    st.lists(st.tuples(usable, st.floats(-9, 0)), min_size=1, max_size=4),
+    st.lists(st.tuples(unusable, st.sampled_from([0.0, -20.0, np.nan])), min_size=1, max_size=4),
+    st.floats(0.01, 1),
+    st.sampled_from(["7", None]),
+)
+def test_an_unusable_answer_is_worse_than_every_usable_one(good, bad, alpha, reference):
+    rows = good + bad
+    answers = [answer(f"t{n}", text, reason) for n, ((text, reason), _) in enumerate(rows)]
+    learnability = [value for _, value in rows]
+    rewards = rewards_of(answers, learnability, alpha, [prompt(answer=reference)])
+    worst_usable = min(r.total for r in rewards if r.usable)
+    assert all(r.total < worst_usable for r in rewards if not r.usable)
+    assert min(r.learnability for r in rewards) == min(v for _, v in good) - 1
+
+
+def test_where_all_are_unusable_they_tie():
+    rewards = rewards_of([answer("a", ""), answer("b", "7", "length")], [np.nan, -3.0])
+    assert [(r.quality, r.learnability, r.total) for r in rewards] == [(0.0, -1.0, 0.0)] * 2
+
+
+def test_a_usable_answer_needs_a_likelihood():
+    with pytest.raises(ValueError, match="prompt 'p': the learnability of a usable answer"):
+        rewards_of([answer("a"), answer("b")], [-1.0, np.nan])
+
+
+def test_alpha_is_a_weight():
+    assert RewardConfig().alpha == 0.4
+    with pytest.raises(ConfigError, match=r"alpha: input should be less than or equal to 1, got 1"):
+        validate(RewardConfig, {"alpha": 1.5}, "run.yaml")
