@@ -14,7 +14,8 @@ def _purpose_id(purpose: str) -> int:
 
 def numpy_stream(seed: int, purpose: str, *indices: int) -> np.random.Generator:
     """The generator of (seed, purpose, indices): for choices on the host."""
-    return np.random.default_rng([seed, _purpose_id(purpose), *indices])
+    # The count stands before the indices: a seed sequence takes [1] and [1, 0] for the same.
+    return np.random.default_rng([seed, _purpose_id(purpose), len(indices), *indices])
 
 
 def jax_stream(seed: int, purpose: str, *indices: int):

@@ -2,8 +2,11 @@
 
 import dataclasses
 import difflib
+import importlib.util
+import sys
 import warnings
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 from persyn_jax.config import ConfigError
@@ -54,9 +57,7 @@ def draw(
 def _entries(
     where: str, task: str, settings: dict[str, Any], seed: int, draws: int
 ) -> Iterator[dict[str, Any]]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a package that it imports does not compile without
-        from reasoning_gym.factory import DATASETS, create_dataset
+    DATASETS, create_dataset = _reasoning_gym()
     _check_task(where, task, settings, DATASETS)
     try:
         dataset = create_dataset(task, **settings, seed=seed, size=draws)
@@ -65,6 +66,18 @@ def _entries(
     except Exception as error:  # generators refuse a value by whatever comes: assert, KeyError, ...
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f"{where}: task {task!r} refuses its settings: {reason}") from None
+
+
+def _reasoning_gym():
+    """The generators by name, and the function that makes one."""
+    # One puzzle, zebra_puzzles, wants a SAT solver that comes as C source only and that this project
+    # does not install. The package imports it at once, so something must stand in its place.
+    if "pycosat" not in sys.modules and importlib.util.find_spec("pycosat") is None:
+        sys.modules["pycosat"] = ModuleType("pycosat")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a package that it imports does not compile without
+        from reasoning_gym.factory import DATASETS, create_dataset
+    return DATASETS, create_dataset
 
 
 def _check_task(where: str, task: str, settings: dict[str, Any], tasks: dict[str, Any]) -> None:

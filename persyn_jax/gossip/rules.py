@@ -60,7 +60,9 @@ def gosgd(bank: Bank, axis_name: str) -> MixingTransformation:
 
         def merge(own, other):
             # A message without weight is not looked at: it may hold NaN, and 0 * NaN is NaN.
-            return jnp.where(received > 0, own + gain * (other - own), own)
+            # Standing between product and sum, the select also rules out a fused multiply-add,
+            # which XLA uses in some layouts only: so the result is bitwise the same in all.
+            return own + jnp.where(received > 0, gain * (other - own), 0)
 
         params = mix(params, round.branch, merge, bank, axis_name)
         return params, GoSGDState(sum_weight=kept + received)

@@ -1,12 +1,14 @@
-"""One decoder-only transformer, by configuration: training forward, cached decode and scoring share this code.
+"""One decoder-only transformer, by configuration: training, cached decode and scoring share it.
 
 Parameters are a plain pytree::
 
-    {"embed": {"embedding": [V, D]}, "layers": ..., "final_norm": {"scale": [D]}, "head": {"kernel": [V, D]}}
+    {"embed": {"embedding": [V, D]}, "layers": ..., "final_norm": {"scale": [D]},
+     "head": {"kernel": [V, D]}}
 
-`head` is absent when the embeddings are tied. `layers` is either one dict whose leaves carry a leading axis L (a *stack*:
-scanned, compiles fast, few leaves to mix) or a tuple of L dicts (*unrolled*: no layer is copied out of a stack, which
-decides the speed of decoding on CPU). Every kernel is stored [out, in], so that the tied embedding serves as head.
+`head` is absent when the embeddings are tied. `layers` is either one dict whose leaves carry a
+leading axis L (a *stack*: scanned, compiles fast, few leaves to mix) or a tuple of L dicts
+(*unrolled*: no layer is copied out of a stack, which decides the speed of decoding on CPU). Every
+kernel is stored [out, in], so that the tied embedding serves as head.
 """
 
 from collections.abc import Callable
@@ -17,10 +19,12 @@ import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Params = dict[str, Any]
-# attend(query_BTHE, key_BTKE, value_BTKE, memory) -> (out_BTHE, memory): what a layer's queries look at. `memory` is the
-# layer's key-value cache where there is one, else None.
+Array = jax.Array | np.ndarray  # NumPy on the host, JAX inside a program
+# attend(query_BTHE, key_BTKE, value_BTKE, memory) -> (out_BTHE, memory): what a layer's queries
+# look at. `memory` is the layer's key-value cache where there is one, else None.
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
 
@@ -42,16 +46,17 @@ class DecoderConfig:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale, computed in float32."""
+    """x / rms(x) * scale, computed in float32 (arXiv 1910.07467)."""
 
     eps: float
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         scale_D = self.param("scale", nn.initializers.ones, (x_BTD.shape[-1],))
-        x32 = x_BTD.astype(jnp.float32)
-        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return (normed * scale_D.reshape((1,) * (x_BTD.ndim - 1) + (-1,))).astype(x_BTD.dtype)
+        x32_BTD = x_BTD.astype(jnp.float32)
+        square_BT1 = jnp.mean(x32_BTD * x32_BTD, axis=-1, keepdims=True)
+        normed_BTD = x32_BTD * jax.lax.rsqrt(square_BT1 + self.eps)
+        return (normed_BTD * scale_D[None, None]).astype(x_BTD.dtype)
 
 
 class Dense(nn.Module):
@@ -67,7 +72,7 @@ class Dense(nn.Module):
 
 
 class Layer(nn.Module):
-    """Pre-norm attention and gated feed-forward. What the queries look at is the caller's `attend`."""
+    """Pre-norm attention and gated feed-forward. What the queries look at is `attend`'s."""
 
     config: DecoderConfig
 
@@ -77,12 +82,14 @@ class Layer(nn.Module):
     ) -> tuple[jax.Array, Any]:
         c = self.config
         B, T, _ = x_BTD.shape
+
+        def heads(name: str, count: int, h_BTD: jax.Array) -> jax.Array:
+            return Dense(count * c.head_dim, name=name)(h_BTD).reshape(B, T, count, c.head_dim)
+
         h_BTD = RMSNorm(c.norm_eps, name="attention_norm")(x_BTD)
-        q_BTHE = Dense(c.heads * c.head_dim, name="q")(h_BTD).reshape(B, T, c.heads, c.head_dim)
-        k_BTKE = Dense(c.kv_heads * c.head_dim, name="k")(h_BTD).reshape(B, T, c.kv_heads, c.head_dim)
-        v_BTKE = Dense(c.kv_heads * c.head_dim, name="v")(h_BTD).reshape(B, T, c.kv_heads, c.head_dim)
-        q_BTHE = rotate(q_BTHE, positions_BT, c.rope_theta)
-        k_BTKE = rotate(k_BTKE, positions_BT, c.rope_theta)
+        q_BTHE = rotate(heads("q", c.heads, h_BTD), positions_BT, c.rope_theta)
+        k_BTKE = rotate(heads("k", c.kv_heads, h_BTD), positions_BT, c.rope_theta)
+        v_BTKE = heads("v", c.kv_heads, h_BTD)
         out_BTHE, memory = attend(q_BTHE, k_BTKE, v_BTKE, memory)
         x_BTD = x_BTD + Dense(c.d_model, name="o")(out_BTHE.reshape(B, T, -1))
         h_BTD = RMSNorm(c.norm_eps, name="mlp_norm")(x_BTD)
@@ -91,7 +98,7 @@ class Layer(nn.Module):
 
 
 def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x[..., in] times kernel [out, in] -> [..., out]: both contract their last axis (fast on CPU)."""
+    """x[..., in] times kernel [out, in] -> [..., out]: both contract their last axis."""
     return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (1,)), ((), ())))
 
 
@@ -99,20 +106,23 @@ def rotate(x_BTHE: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Arra
     """Rotary position embedding, rotate-half form (RoFormer, as in Llama's Hugging Face code)."""
     half = x_BTHE.shape[-1] // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles_BT1F = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies.reshape(1, 1, 1, -1)
+    angles_BTF = positions_BT[:, :, None].astype(jnp.float32) * frequencies[None, None]
+    angles_BT1F = angles_BTF[:, :, None]
     cos, sin = jnp.cos(angles_BT1F), jnp.sin(angles_BT1F)
     x1, x2 = x_BTHE[..., :half], x_BTHE[..., half:]
-    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x_BTHE.dtype)
+    rotated = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
+    return rotated.astype(x_BTHE.dtype)
 
 
 def init(config: DecoderConfig, key: jax.Array) -> Params:
     """Random parameters, float32, layers stacked."""
     embed_key, head_key, layer_key = jax.random.split(key, 3)
-    x_BTD = jnp.zeros((1, 1, config.d_model))
-    positions_BT = jnp.zeros((1, 1), jnp.int32)
+
+    def attend(q, k, v, memory):  # shapes are all that initialising needs
+        return q, memory
 
     def init_layer(key):
-        attend = lambda q, k, v, memory: (q, memory)  # noqa: E731  (shapes are all that init needs)
+        x_BTD, positions_BT = jnp.zeros((1, 1, config.d_model)), jnp.zeros((1, 1), jnp.int32)
         return Layer(config).init(key, x_BTD, positions_BT, attend, None)["params"]
 
     shape_VD = (config.vocab_size, config.d_model)
@@ -130,48 +140,54 @@ def unroll(params: Params) -> Params:
     """The same parameters with `layers` as a tuple of L dicts."""
     stack = params["layers"]
     depth = jax.tree.leaves(stack)[0].shape[0]
-    return params | {"layers": tuple(jax.tree.map(lambda a: a[i], stack) for i in range(depth))}
+    layers = tuple(jax.tree.map(lambda leaf, i=i: leaf[i], stack) for i in range(depth))
+    return params | {"layers": layers}
 
 
 def hidden_states(
     config: DecoderConfig,
     params: Params,
-    tokens_BT: jax.Array,
-    positions_BT: jax.Array,
+    tokens_BT: Array,
+    positions_BT: Array,
     attend: Attend,
     memory: Any = None,
     recompute: bool = False,
 ) -> tuple[jax.Array, Any]:
     """Runs the decoder up to and with its final norm.
 
-    tokens_BT, positions_BT: int32. memory: a tuple of L per-layer caches for `attend`, or None.
-    recompute: let the backward pass recompute each layer of a stack instead of keeping its
-    activations (a third more work, activations of one layer instead of L).
-    Returns (hidden_BTD, memory of the same structure). A stack of layers takes no memory.
+    tokens_BT, positions_BT: int32. memory: what `attend` of each layer gets, a tuple of L, or None;
+    only unrolled layers take one. recompute: let the backward pass recompute each layer of a stack
+    instead of keeping its activations (a third more work, activations of one layer instead of L).
+    Returns (hidden_BTD, what `attend` of each layer returned as its memory).
+    Raises ValueError for stacked layers with a memory.
     """
     chex.assert_equal_shape([tokens_BT, positions_BT])
     chex.assert_type([tokens_BT, positions_BT], jnp.int32)
+    stacked = not isinstance(params["layers"], tuple)
+    if stacked and memory is not None:
+        raise ValueError("stacked layers take no memory: unroll the parameters first")
+
+    def run_layer(x_BTD, layer_params, layer_memory=None):
+        return _apply(Layer(config), layer_params, x_BTD, positions_BT, attend, layer_memory)
+
     x_BTD = params["embed"]["embedding"][tokens_BT]
-    layer = Layer(config)
-    if isinstance(params["layers"], tuple):
-        memories = memory if memory is not None else (None,) * config.layers
-        updated = []
-        for layer_params, layer_memory in zip(params["layers"], memories, strict=True):
-            x_BTD, layer_memory = layer.apply(
-                {"params": layer_params}, x_BTD, positions_BT, attend, layer_memory
-            )
-            updated.append(layer_memory)
-        memory = tuple(updated) if memory is not None else None
-    else:
-        assert memory is None, "caches need unrolled layers"
-
-        def scanned(x_BTD, layer_params):
-            x_BTD, _ = layer.apply({"params": layer_params}, x_BTD, positions_BT, attend, None)
-            return x_BTD, None
-
-        body = jax.checkpoint(scanned) if recompute else scanned
+    if stacked:
+        body = jax.checkpoint(run_layer) if recompute else run_layer
         x_BTD, _ = jax.lax.scan(body, x_BTD, params["layers"])
-    return RMSNorm(config.norm_eps).apply({"params": params["final_norm"]}, x_BTD), memory
+    elif memory is None:
+        for layer_params in params["layers"]:
+            x_BTD, _ = run_layer(x_BTD, layer_params)
+    else:
+        after = []
+        for layer_params, layer_memory in zip(params["layers"], memory, strict=True):
+            x_BTD, layer_memory = run_layer(x_BTD, layer_params, layer_memory)
+            after.append(layer_memory)
+        memory = tuple(after)
+    return _apply(RMSNorm(config.norm_eps), params["final_norm"], x_BTD), memory
+
+
+def _apply(module: nn.Module, params: Params, *arguments: Any) -> Any:
+    return module.apply({"params": params}, *arguments)
 
 
 def logits(params: Params, hidden: jax.Array) -> jax.Array:
@@ -180,8 +196,8 @@ def logits(params: Params, hidden: jax.Array) -> jax.Array:
     return project(hidden, kernel_VD).astype(jnp.float32)
 
 
-def attend_causally(segments_BT: jax.Array) -> Attend:
-    """Attention for whole rows: a token sees the tokens before it that carry its own segment number.
+def attend_causally(segments_BT: Array) -> Attend:
+    """Attention for whole rows: a token sees itself and earlier tokens of its own segment number.
 
     Padding carries a segment number of its own (0), so that it is seen by nobody else.
     """

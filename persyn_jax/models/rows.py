@@ -1,6 +1,6 @@
-"""Token rows, and what a decoder says about them: response log-likelihoods, and the pooled state that a router reads.
+"""Token rows, and what a decoder says about them: log-likelihoods, and the state a router reads.
 
-Training and scoring share `response_log_likelihoods`, so a learnability is computed exactly as the loss is.
+Training and scoring share `response_log_likelihoods`: a learnability is computed as the loss is.
 """
 
 from collections.abc import Sequence
@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from persyn_jax.models import decoder
-from persyn_jax.models.decoder import DecoderConfig, Params
+from persyn_jax.models.decoder import Array, DecoderConfig, Params
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """A prompt and its response as token ids; the response ends with EOS if the teacher ended it."""
+    """A prompt and its response as token ids, with EOS last if the teacher ended the response."""
 
     prompt: tuple[int, ...]
     response: tuple[int, ...]
@@ -29,26 +29,27 @@ class Conversation:
 
 
 class Rows(NamedTuple):
-    """B rows of T tokens, each holding one or several conversations, with at most R response tokens a row."""
+    """B rows of T tokens: one or several conversations a row, at most R response tokens in it."""
 
-    tokens: jax.Array
+    tokens: Array
     """int32 [B, T]; 0 where padded."""
-    positions: jax.Array
+    positions: Array
     """int32 [B, T]: position of a token in its own conversation."""
-    segments: jax.Array
+    segments: Array
     """int32 [B, T]: 1, 2, ... for the conversations of a row; 0 where padded."""
-    predictors: jax.Array
+    predictors: Array
     """int32 [B, R]: index of the token that each response token follows."""
-    targets: jax.Array
+    targets: Array
     """int32 [B, R]: the response tokens."""
-    weights: jax.Array
+    weights: Array
     """float32 [B, R]: 1 for a response token, 0 where padded."""
 
 
 def pack(rows: Sequence[Sequence[Conversation]], length: int, responses: int) -> Rows:
     """Lays out each sequence of conversations in one row, as NumPy.
 
-    Raises ValueError if a row's conversations have more than `length` tokens or `responses` response tokens.
+    Raises ValueError for a conversation without a prompt (nothing precedes its response), and for a
+    row with more than `length` tokens or `responses` response tokens.
     """
     B = len(rows)
     packed = Rows(
@@ -62,10 +63,13 @@ def pack(rows: Sequence[Sequence[Conversation]], length: int, responses: int) ->
     for b, conversations in enumerate(rows):
         start, first = 0, 0
         for number, conversation in enumerate(conversations, 1):
+            if not conversation.prompt:
+                raise ValueError(f"row {b}: a conversation has no prompt")
             end, last = start + conversation.length, first + len(conversation.response)
             if end > length or last > responses:
                 raise ValueError(
-                    f"row {b} holds {end} tokens and {last} response tokens; room for {length} and {responses}"
+                    f"row {b} holds {end} tokens and {last} response tokens; "
+                    f"it has room for {length} and {responses}"
                 )
             packed.tokens[b, start:end] = conversation.prompt + conversation.response
             packed.positions[b, start:end] = np.arange(conversation.length)
@@ -81,7 +85,7 @@ def pack(rows: Sequence[Sequence[Conversation]], length: int, responses: int) ->
 def response_log_likelihoods(
     config: DecoderConfig, params: Params, rows: Rows, recompute: bool = False
 ) -> jax.Array:
-    """log p(response token | everything before it in its conversation), float32 [B, R]; 0 where padded.
+    """log p(response token | all before it in its conversation), float32 [B, R]; 0 where padded.
 
     Logits exist for response tokens only. recompute: see `decoder.hidden_states`.
     """
@@ -101,11 +105,14 @@ def response_log_likelihoods(
     return jnp.where(rows.weights > 0, chosen_BR1[:, :, 0], 0.0)
 
 
-def last_states(config: DecoderConfig, params: Params, tokens_BT: jax.Array, length_B: jax.Array):
+def last_states(
+    config: DecoderConfig, params: Params, tokens_BT: Array, length_B: Array
+) -> jax.Array:
     """The final hidden state of each row's last real token, float32 [B, D]: what the router reads.
 
     tokens_BT: int32, padded on the right. length_B: int32, at least 1.
     """
+    chex.assert_rank(tokens_BT, 2)
     B, T = tokens_BT.shape
     chex.assert_shape(length_B, (B,))
     index_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))

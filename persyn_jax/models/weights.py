@@ -1,7 +1,8 @@
-"""Model weights in (embedded package, GGUF file, Hugging Face folder or hub id, random) and out (Hugging Face folder)."""
+"""Model weights in (package, GGUF file, Hugging Face folder or hub id, random) and out (folder)."""
 
 import functools
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,19 +14,13 @@ from persyn_jax import streams
 from persyn_jax.config import ConfigError
 from persyn_jax.models import decoder, gguf, tokenizer
 from persyn_jax.models.decoder import DecoderConfig, Params
-from persyn_jax.models.spec import ModelConfig, locate, weight_files
-
-_LAYER_NAMES = {
-    ("attention_norm", "scale"): "input_layernorm",
-    ("mlp_norm", "scale"): "post_attention_layernorm",
-    ("q", "kernel"): "self_attn.q_proj",
-    ("k", "kernel"): "self_attn.k_proj",
-    ("v", "kernel"): "self_attn.v_proj",
-    ("o", "kernel"): "self_attn.o_proj",
-    ("gate", "kernel"): "mlp.gate_proj",
-    ("up", "kernel"): "mlp.up_proj",
-    ("down", "kernel"): "mlp.down_proj",
-}
+from persyn_jax.models.spec import (
+    ModelConfig,
+    locate,
+    positive_float,
+    positive_int,
+    weight_files,
+)
 
 RANDOM_TINY = DecoderConfig(
     vocab_size=259,
@@ -41,10 +36,31 @@ RANDOM_TINY = DecoderConfig(
     max_positions=2048,
 )
 
+# Where each parameter stands in a Hugging Face folder; {} is the number of the layer.
+_FOLDER_NAMES = {
+    "embed": {"embedding": "model.embed_tokens.weight"},
+    "layers": {
+        "attention_norm": {"scale": "model.layers.{}.input_layernorm.weight"},
+        "mlp_norm": {"scale": "model.layers.{}.post_attention_layernorm.weight"},
+        "q": {"kernel": "model.layers.{}.self_attn.q_proj.weight"},
+        "k": {"kernel": "model.layers.{}.self_attn.k_proj.weight"},
+        "v": {"kernel": "model.layers.{}.self_attn.v_proj.weight"},
+        "o": {"kernel": "model.layers.{}.self_attn.o_proj.weight"},
+        "gate": {"kernel": "model.layers.{}.mlp.gate_proj.weight"},
+        "up": {"kernel": "model.layers.{}.mlp.up_proj.weight"},
+        "down": {"kernel": "model.layers.{}.mlp.down_proj.weight"},
+    },
+    "final_norm": {"scale": "model.norm.weight"},
+    "head": {"kernel": "lm_head.weight"},
+}
+_CONFIG = "config.json"
+
+_init = jax.jit(decoder.init, static_argnums=0)
+
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded model: its shape, its parameters (NumPy float32, layers stacked) and its tokenizer."""
+    """A loaded model: its shape, its parameters (NumPy float32, layers stacked), its tokenizer."""
 
     config: DecoderConfig
     params: Params
@@ -59,15 +75,21 @@ def load(model: ModelConfig, seed: int = 0) -> Model:
     path = locate(model)
     if path is None:
         key = streams.jax_stream(seed, "random weights")
-        params = jax.jit(functools.partial(decoder.init, RANDOM_TINY))(key)
-        return Model(RANDOM_TINY, jax.tree.map(np.asarray, params), tokenizer.byte_level())
+        params = jax.tree.map(np.asarray, _init(RANDOM_TINY, key))
+        return Model(RANDOM_TINY, params, tokenizer.byte_level())
     if path.is_dir():
-        return _load_folder(path)
-    file = gguf.read(path)
-    config = gguf.decoder_config(file)
-    params = gguf.decoder_params(file, config)
-    _check_shapes(path, config, params)
-    return Model(config, params, tokenizer.from_gguf(file))
+        config, tok = _checked(path, _folder_config(path)), tokenizer.load_folder(path)
+        params = _folder_params(path, config)
+    else:
+        file = gguf.read(path)
+        config, tok = _checked(path, gguf.decoder_config(file)), tokenizer.from_gguf(file)
+        params = _gguf_params(file, config)
+    if (last := max(tok.get_vocab().values())) >= config.vocab_size:
+        raise ConfigError(
+            f"{path}: token id {last} of the tokenizer is not in the model's vocabulary of "
+            f"{config.vocab_size}"
+        )
+    return Model(config, params, tok)
 
 
 def load_tokenizer(model: ModelConfig) -> tokenizer.Tokenizer:
@@ -83,101 +105,150 @@ def load_config(model: ModelConfig) -> DecoderConfig:
     path = locate(model)
     if path is None:
         return RANDOM_TINY
-    return _read_config(path / "config.json") if path.is_dir() else gguf.decoder_config(gguf.read(path))
+    config = _folder_config(path) if path.is_dir() else gguf.decoder_config(gguf.read(path))
+    return _checked(path, config)
 
 
-def _check_shapes(path: Path, config: DecoderConfig, params: Params) -> None:
-    expected = jax.eval_shape(lambda: decoder.init(config, jax.random.key(0)))
-    wanted = {jax.tree_util.keystr(k): v.shape for k, v in jax.tree.leaves_with_path(expected)}
-    found = {jax.tree_util.keystr(k): v.shape for k, v in jax.tree.leaves_with_path(params)}
-    for name, shape in wanted.items():
-        if found.get(name) != shape:
-            raise ConfigError(f"{path}: parameter {name} has shape {found.get(name)}, expected {shape}")
+def _checked(path: Path, config: DecoderConfig) -> DecoderConfig:
+    if config.heads % config.kv_heads or config.head_dim % 2:
+        raise ConfigError(
+            f"{path}: {config.heads} query heads must be a multiple of {config.kv_heads} "
+            f"key-value heads, and their width {config.head_dim} even"
+        )
+    return config
 
 
-def _load_folder(folder: Path) -> Model:
+def _gguf_params(file: gguf.GgufFile, config: DecoderConfig) -> Params:
+    read = functools.partial(gguf.read_parameter, file, config)
+    return _assemble(file.path, config, gguf.PARAMETER_NAMES, set(file.tensors), read)
+
+
+def _folder_params(folder: Path, config: DecoderConfig) -> Params:
     from safetensors import SafetensorError, safe_open
 
-    config = _read_config(folder / "config.json")
     tensors: dict[str, np.ndarray] = {}
     for file in weight_files(folder):
         try:
             with safe_open(file, framework="np") as opened:
-                for name in opened.keys():
-                    tensors[name] = opened.get_tensor(name).astype(np.float32, copy=False)
-        except SafetensorError as error:
+                names = opened.keys()
+                tensors |= {name: opened.get_tensor(name) for name in names}
+        except (SafetensorError, OSError) as error:
             raise ConfigError(f"{file}: not a safetensors file: {error}") from None
 
-    def get(name: str) -> np.ndarray:
+    def read(name: str, shape: tuple[int, ...]) -> np.ndarray:
         if name not in tensors:
             raise ConfigError(f"{folder}: tensor {name!r} is missing")
-        return tensors.pop(name)
+        array = tensors.pop(name)
+        if array.shape != shape or array.dtype.name not in ("float32", "float16", "bfloat16"):
+            raise ConfigError(
+                f"{folder}: tensor {name!r} is {array.dtype.name} {array.shape}, "
+                f"expected floats {shape}"
+            )
+        return array.astype(np.float32, copy=False)
 
-    layers: dict[str, Any] = {}
-    for (module, leaf), name in _LAYER_NAMES.items():
-        stack = [get(f"model.layers.{i}.{name}.weight") for i in range(config.layers)]
-        if len({a.shape for a in stack}) != 1:
-            raise ConfigError(f"{folder}: tensors 'model.layers.*.{name}.weight' differ in shape")
-        layers.setdefault(module, {})[leaf] = np.stack(stack)
-    params: Params = {
-        "embed": {"embedding": get("model.embed_tokens.weight")},
-        "layers": layers,
-        "final_norm": {"scale": get("model.norm.weight")},
-    }
-    if not config.tied_embeddings:
-        params["head"] = {"kernel": get("lm_head.weight")}
-    _check_shapes(folder, config, params)
-    return Model(config, params, tokenizer.load_folder(folder))
+    # Some tied models store their embeddings a second time, older ones their RoPE frequencies.
+    repeated = {"lm_head.weight"} if config.tied_embeddings else set()
+    needed = {name for name in tensors if not name.endswith("rotary_emb.inv_freq")} - repeated
+    return _assemble(folder, config, _FOLDER_NAMES, needed, read)
 
 
-def _read_config(path: Path) -> DecoderConfig:
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: not readable as JSON: {error}") from None
-    if values.get("model_type") != "llama":
-        raise ConfigError(f"{path}: model_type {values.get('model_type')!r}; supported: 'llama'")
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise ConfigError(f"{path}: rope scaling {rope!r} is not supported")
-    try:
-        heads = values["num_attention_heads"]
-        return DecoderConfig(
-            vocab_size=values["vocab_size"],
-            layers=values["num_hidden_layers"],
-            d_model=values["hidden_size"],
-            d_ff=values["intermediate_size"],
-            heads=heads,
-            kv_heads=values.get("num_key_value_heads", heads),
-            head_dim=values.get("head_dim") or values["hidden_size"] // heads,
-            rope_theta=float(rope.get("rope_theta") or values["rope_theta"]),
-            norm_eps=float(values["rms_norm_eps"]),
-            tied_embeddings=bool(values.get("tie_word_embeddings", False)),
-            max_positions=values["max_position_embeddings"],
+def _assemble(
+    path: Path,
+    config: DecoderConfig,
+    names: dict[str, Any],
+    available: set[str],
+    read: Callable[[str, tuple[int, ...]], np.ndarray],
+) -> Params:
+    """The parameters from `read(tensor name, shape)`, layers stacked.
+
+    Raises ConfigError for a tensor without a place here: the file is of some other architecture.
+    """
+    shapes = jax.eval_shape(functools.partial(decoder.init, config), jax.random.key(0))
+    names = {part: names[part] for part in shapes}
+
+    def parameter(name: str, wanted: jax.ShapeDtypeStruct) -> np.ndarray:
+        if "{}" not in name:
+            return read(name, wanted.shape)
+        return np.stack([read(name.format(i), wanted.shape[1:]) for i in range(config.layers)])
+
+    params = jax.tree.map(parameter, names, shapes)
+    used = {name.format(i) for name in jax.tree.leaves(names) for i in range(config.layers)}
+    if unused := sorted(available - used):
+        raise ConfigError(
+            f"{path}: tensor {unused[0]!r} has no place in a Llama decoder: another architecture?"
         )
-    except KeyError as error:
-        raise ConfigError(f"{path}: key {error} is missing") from None
+    return params
+
+
+def _folder_config(folder: Path) -> DecoderConfig:
+    path = folder / _CONFIG
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not readable as JSON: {error}") from None
+    if not isinstance(values, dict) or values.get("model_type") != "llama":
+        found = values.get("model_type") if isinstance(values, dict) else values
+        raise ConfigError(f"{path}: model_type {found!r}; supported: 'llama'")
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type")) not in (
+        None,
+        "default",
+    ):
+        raise ConfigError(f"{path}: rope scaling {rope!r} is not supported")
+    if (activation := values.get("hidden_act", "silu")) != "silu":
+        raise ConfigError(f"{path}: hidden_act {activation!r}; supported: 'silu'")
+
+    def whole(key: str, default: int | None = None, most: int = 1 << 20) -> int:
+        value = values.get(key)
+        return positive_int(default if value is None else value, f"{path}: {key}", most)
+
+    heads, d_model = whole("num_attention_heads"), whole("hidden_size")
+    return DecoderConfig(
+        vocab_size=whole("vocab_size"),
+        layers=whole("num_hidden_layers"),
+        d_model=d_model,
+        d_ff=whole("intermediate_size"),
+        heads=heads,
+        kv_heads=whole("num_key_value_heads", default=heads),
+        head_dim=whole("head_dim", default=d_model // heads),
+        rope_theta=positive_float(
+            rope.get("rope_theta", values.get("rope_theta")), f"{path}: rope_theta"
+        ),
+        norm_eps=positive_float(values.get("rms_norm_eps"), f"{path}: rms_norm_eps"),
+        tied_embeddings=values.get("tie_word_embeddings", False) is True,
+        max_positions=whole("max_position_embeddings", most=1 << 30),
+    )
 
 
 def save_folder(folder: Path, model: Model) -> None:
-    """Writes a Hugging Face folder that `transformers` and vLLM open: safetensors, config, tokenizer, chat template."""
+    """Writes a folder that `transformers` and vLLM open: weights, config, tokenizer, template."""
     from safetensors.numpy import save_file
 
-    c = model.config
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        "model.embed_tokens.weight": model.params["embed"]["embedding"],
-        "model.norm.weight": model.params["final_norm"]["scale"],
+    names = {part: _FOLDER_NAMES[part] for part in model.params}
+    tensors: dict[str, np.ndarray] = {}
+    for name, array in zip(jax.tree.leaves(names), jax.tree.leaves(model.params), strict=True):
+        layers = enumerate(array) if "{}" in name else [(0, array)]
+        tensors |= {name.format(i): np.ascontiguousarray(leaf) for i, leaf in layers}
+    weights = folder / "model.safetensors"
+    save_file(tensors, weights, metadata={"format": "pt"})
+    weights.chmod(0o644)  # the writer makes it private
+    special = {
+        "eos_token_id": model.tokenizer.eos_token_id,
+        "bos_token_id": model.tokenizer.bos_token_id,
+        "pad_token_id": model.tokenizer.pad_token_id,
     }
-    if not c.tied_embeddings:
-        tensors["lm_head.weight"] = model.params["head"]["kernel"]
-    for (module, leaf), name in _LAYER_NAMES.items():
-        for i, array in enumerate(model.params["layers"][module][leaf]):
-            tensors[f"model.layers.{i}.{name}.weight"] = array
-    tensors = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "model.safetensors").chmod(0o644)  # the writer makes it private
-    config = {
+    _write_json(folder / _CONFIG, _folder_values(model.config) | special)
+    _write_json(folder / "generation_config.json", special)
+    model.tokenizer.save_pretrained(folder)
+    # The class name that transformers 4 knows too; 5 would write one of its own.
+    tokenizer_config = folder / "tokenizer_config.json"
+    values = json.loads(tokenizer_config.read_text("utf-8"))
+    _write_json(tokenizer_config, values | {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def _folder_values(c: DecoderConfig) -> dict[str, Any]:
+    return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": c.vocab_size,
@@ -187,6 +258,7 @@ def save_folder(folder: Path, model: Model) -> None:
         "num_attention_heads": c.heads,
         "num_key_value_heads": c.kv_heads,
         "head_dim": c.head_dim,
+        # transformers 4 reads the first, transformers 5 the second.
         "rope_theta": c.rope_theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
         "rms_norm_eps": c.norm_eps,
@@ -195,12 +267,9 @@ def save_folder(folder: Path, model: Model) -> None:
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
-        "eos_token_id": model.tokenizer.eos_token_id,
-        "bos_token_id": model.tokenizer.bos_token_id,
-        "pad_token_id": model.tokenizer.pad_token_id,
         "dtype": "float32",
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    generation = {"eos_token_id": model.tokenizer.eos_token_id, "pad_token_id": model.tokenizer.pad_token_id}
-    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-    model.tokenizer.save_pretrained(folder)
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8")

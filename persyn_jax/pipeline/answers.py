@@ -1,4 +1,4 @@
-"""Getting answers: what the store has is reused, the rest is asked for and committed as it arrives."""
+"""Getting answers: what the store has is reused, the rest is asked for, committed as it arrives."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -22,9 +22,10 @@ class Ask(NamedTuple):
 
 
 def teacher_fingerprint(teacher: TeacherConfig, own_weights: str | None) -> str:
-    """What decides the teacher's answers: model, what stands before the prompt, sampling. Not its name, not its URL.
+    """What decides the teacher's answers: model, what stands before the prompt, sampling.
 
-    own_weights: fingerprint of the own service's weights, for a teacher that it serves.
+    Not its name, not its URL. own_weights: fingerprint of the own service's weights, for a teacher
+    that it serves.
     """
     model = own_weights if teacher.base_url is None else teacher.model
     examples = [to_values(example) for example in teacher.examples]
@@ -39,44 +40,51 @@ def collect_answers(
     own_service: OwnService,
     label: str,
 ) -> list[Answer]:
-    """One answer for each ask, in order.
+    """One answer for each ask, in order. Equal prompts of one teacher share an answer.
 
-    Raises ConfigError or EndpointFailed as `sampling.client.ask_all`; what has been answered is committed by then.
+    Raises ConfigError or EndpointError as `sampling.client.ask_all`; what has been answered is
+    committed by then. A failure that stands in the store is asked again.
     """
-    questions = [_question(ask, own_weights) for ask in asks]
-    known = store.get(question.key for question in questions)
-    # Equal prompts of one teacher share an answer, so a key is asked once.
-    missing = {q.key: q for q in questions if q.key not in known}.values()
+    teacher_of = {ask.teacher.name: ask.teacher for ask in asks}
+    marks = {name: teacher_fingerprint(t, own_weights) for name, t in teacher_of.items()}
+    questions = [_question(ask, marks[ask.teacher.name]) for ask in asks]
+    keys = [question.key for question in questions]
+    known = store.get(keys)
+    missing = {q.key: q for q in questions if q.key not in known or _failed(known[q.key])}
     if missing:
-        needs_own = any(question.teacher.base_url is None for question in missing)
+        needs_own = any(question.teacher.base_url is None for question in missing.values())
+        service = own_service() if needs_own else None
         with progress(label, len(missing)) as advance:
 
             def on_reply(question: Question, reply: Reply) -> None:
-                store.put(_stored(question, own_weights, reply))
+                store.put(_stored(question, marks[question.teacher.name], reply))
                 advance()
 
-            ask_all(list(missing), client, own_service() if needs_own else None, on_reply)
-        known = store.get(question.key for question in questions)
+            ask_all(list(missing.values()), client, service, on_reply)
+        known = store.get(keys)
     return [known[q.key].for_prompt(q.prompt_id, q.teacher.name) for q in questions]
 
 
-def _question(ask: Ask, own_weights: str | None) -> Question:
-    mark = teacher_fingerprint(ask.teacher, own_weights)
+def _failed(answer: StoredAnswer) -> bool:
+    return answer.finish_reason == "error"
+
+
+def _question(ask: Ask, mark: str) -> Question:
     key = answer_key(ask.prompt.messages, mark, sample_index=0)
     return Question(
         key=key,
         prompt_id=ask.prompt.id,
         teacher=ask.teacher,
         messages=teacher_messages(ask.teacher, ask.prompt.messages),
-        seed=int(key[:8], 16) >> 1,  # from the key: the same answer whenever and wherever it is asked
+        seed=int(key[:8], 16) >> 1,  # from the key: the same wherever and whenever it is asked
     )
 
 
-def _stored(question: Question, own_weights: str | None, reply: Reply) -> StoredAnswer:
+def _stored(question: Question, mark: str, reply: Reply) -> StoredAnswer:
     return StoredAnswer(
         key=question.key,
         teacher=question.teacher.name,
-        teacher_fingerprint=teacher_fingerprint(question.teacher, own_weights),
+        teacher_fingerprint=mark,
         sample_index=0,
         text=reply.text,
         token_ids=reply.token_ids,

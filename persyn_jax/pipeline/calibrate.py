@@ -16,7 +16,7 @@ def calibrate(
     client: ClientConfig,
     own_service: OwnService,
 ) -> list[Answer]:
-    """Answers of all teachers to the calibration prompts, prompt by prompt, teachers in config order."""
+    """All teachers' answers: prompt by prompt, within a prompt in the order of `teachers`."""
     asks = [
         Ask(prompt, teacher)
         for prompt in prompts

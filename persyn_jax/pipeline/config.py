@@ -17,7 +17,7 @@ from persyn_jax.training.config import GossipConfig, OptimiserConfig, TrainConfi
 class RunSection:
     """Where a run lives and what it starts from."""
 
-    name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
+    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
     """The run folder is `folder/name`."""
     folder: Path = Path("runs")
     seed: Annotated[int, Field(ge=0)] = 0
@@ -34,10 +34,10 @@ class RouterConfig:
     """Null: the student itself, before training."""
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.4
     """Part of the calibration prompts that judges the router; it learns from the others."""
-    steps: Annotated[int, Field(ge=1)] = 200
+    steps: Annotated[int, Field(ge=1)] = 60
     pairs: Annotated[int, Field(ge=1)] = 64
     """Preference pairs in a batch, per worker."""
-    optimiser: OptimiserConfig = OptimiserConfig(learning_rate=1e-2, weight_decay=1e-2)
+    optimiser: OptimiserConfig = OptimiserConfig(learning_rate=1e-2)
     neighbours: Annotated[int, Field(ge=1)] = 5
     """Of the kNN baseline."""
 

@@ -1,9 +1,9 @@
-"""What a run will cost, before it starts: answers, tokens and memory. Computes nothing with a model."""
+"""What a run will cost, before it starts: answers, tokens and memory. Runs no model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from persyn_jax.config import ConfigError
+from persyn_jax.evaluation.rows import SPLITS
 from persyn_jax.models import tokenizer, weights
 from persyn_jax.pipeline.config import RunConfig
 from persyn_jax.records import Prompt
@@ -14,7 +14,7 @@ _PROCESS_GB = 0.9  # Python, JAX, its compiled programs and the libraries around
 
 @dataclass(frozen=True)
 class Estimate:
-    """Counts are exact but for tokens of answers, which are taken to be as long as the reference answers."""
+    """Counts are exact, but answers are taken to be as long as the reference answers."""
 
     prompts: dict[str, int]
     """By split."""
@@ -28,29 +28,11 @@ class Estimate:
     """Peak of the run's own process, reached in training."""
 
 
-def check_lengths(config: RunConfig, prompts: Sequence[Prompt]) -> None:
-    """Raises ConfigError for the first prompt that the service or a training row has no room for."""
-    longest = max(teacher.sampling.max_tokens for teacher in config.teachers)
-    tok = weights.load_tokenizer(config.student)
-    for prompt in prompts:
-        read = len(tokenizer.prompt_ids(tok, prompt.messages))
-        if prompt.split != "eval" and read + longest + 1 > config.training.row_tokens:
-            raise ConfigError(
-                f"context too long: prompt {prompt.id!r} has {read} tokens; with an answer of "
-                f"max_tokens {longest} it exceeds training.row_tokens {config.training.row_tokens}"
-            )
-        room = config.evaluation.engine.cache_length - config.evaluation.max_tokens
-        if prompt.split == "eval" and read > room:
-            raise ConfigError(
-                f"context too long: prompt {prompt.id!r} has {read} tokens; evaluation.engine has room for {room}"
-            )
-
-
 def estimate(config: RunConfig, prompts: Sequence[Prompt]) -> Estimate:
     """The estimate of a whole run."""
-    counts = {split: 0 for split in ("calibration", "train", "eval")}
-    for prompt in prompts:
-        counts[prompt.split] += 1
+    counts: dict[str, int] = {
+        split: sum(prompt.split == split for prompt in prompts) for split in SPLITS
+    }
     asked = counts["calibration"] + counts["train"]
     teachers = len(config.teachers)
     return Estimate(
@@ -68,11 +50,12 @@ def _tokens(config: RunConfig, prompts: Sequence[Prompt]) -> dict[str, int]:
     service = weights.load_tokenizer(config.service.model) if config.service else student
     asked, alone, answer = {}, {}, {}
     for prompt in prompts:
+        reference = tokenizer.response_ids(student, prompt.answer or "", ended=True)
         alone[prompt.id] = len(tokenizer.prompt_ids(student, prompt.messages))
-        answer[prompt.id] = 1 + len(tokenizer.response_ids(student, prompt.answer or "", ended=True))
+        answer[prompt.id] = 1 + len(reference)
         asked[prompt.id] = [_asked(service, teacher, prompt) for teacher in config.teachers]
-    of = {s: [p.id for p in prompts if p.split == s] for s in ("calibration", "train", "eval")}
-    teachers = len(config.teachers)
+    of = {split: [p.id for p in prompts if p.split == split] for split in SPLITS}
+    teachers, epochs = len(config.teachers), config.training.epochs
     row = {prompt.id: alone[prompt.id] + answer[prompt.id] for prompt in prompts}
     return {
         "calibrate": sum(sum(asked[i]) + teachers * answer[i] for i in of["calibration"]),
@@ -80,7 +63,7 @@ def _tokens(config: RunConfig, prompts: Sequence[Prompt]) -> dict[str, int]:
         "train_router": sum(alone[i] for i in of["calibration"]),
         "route": sum(alone[i] for i in of["train"]),
         "generate": sum(sum(asked[i]) // teachers + answer[i] for i in of["train"]),
-        "train_student": config.training.epochs * sum(row[i] for i in of["calibration"] + of["train"]),
+        "train_student": epochs * sum(row[i] for i in of["calibration"] + of["train"]),
         "evaluate": sum(2 * row[i] for i in of["eval"]),
     }
 

@@ -1,4 +1,7 @@
-"""Stage generate: the routed teacher, and no other, answers each prompt. Calibration answers are reused."""
+"""Stage generate: the routed teacher, and no other, answers each prompt.
+
+Calibration answers are reused.
+"""
 
 from collections.abc import Sequence
 
@@ -45,16 +48,21 @@ def to_examples(prompts: Sequence[Prompt], answers: Sequence[Answer]) -> list[Ex
 
 
 def check_cost(
-    prompts: Sequence[Prompt], teachers: int, calibration: Sequence[Answer], chosen: Sequence[Answer]
-) -> tuple[int, int]:
-    """(answers the run asked for, answers route-then-generate needs: |X| + |X_cal| (|M| - 1)).
+    prompts: Sequence[Prompt],
+    teachers: int,
+    calibration: Sequence[Answer],
+    chosen: Sequence[Answer],
+) -> int:
+    """How many answers the run asked for: |X| + |X_cal| (|M| - 1), or RuntimeError is raised.
 
-    Raises RuntimeError when they differ. X are the calibration and train prompts.
+    X are the calibration and train prompts, X_cal the calibration prompts, M the teachers.
     """
     asked = {(answer.prompt_id, answer.teacher) for answer in (*calibration, *chosen)}
     in_calibration = sum(prompt.split == "calibration" for prompt in prompts)
     routed = sum(prompt.split != "eval" for prompt in prompts)
     needed = routed + in_calibration * (teachers - 1)
     if len(asked) != needed:
-        raise RuntimeError(f"{len(asked)} answers were asked for; |X| + |X_cal| (|M| - 1) is {needed}")
-    return len(asked), needed
+        raise RuntimeError(
+            f"{len(asked)} answers were asked for; |X| + |X_cal| (|M| - 1) is {needed}"
+        )
+    return needed

@@ -12,10 +12,11 @@ _SECONDS_BETWEEN_LINES = 15.0
 def progress(label: str, total: int) -> Iterator[Callable[[], None]]:
     """Yields a function to call once for each of `total` pieces of work that is done."""
     if sys.stderr.isatty():
+        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
         columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, transient=True) as bar:
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task(label, total=total)
             yield lambda: bar.advance(task)
     else:

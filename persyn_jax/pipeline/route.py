@@ -13,7 +13,7 @@ from persyn_jax.routing.strategies import route_by_router
 def route(
     prompts: Sequence[Prompt], state_ND: np.ndarray, head: Params, teachers: Sequence[str]
 ) -> list[Route]:
-    """The teacher with the highest Bradley-Terry coefficient for each prompt (PerSyn, routing rule), ties to the first.
+    """The teacher with the highest Bradley-Terry coefficient for each prompt; ties to the first.
 
     state_ND: the backbone's pooled state of each prompt, float32.
     """

@@ -1,10 +1,13 @@
-"""A run being worked on: its folder, its sampling service, and how a stage is run, skipped or refused.
+"""A run being worked on: its folder, its sampling service, and how a stage is run, skipped or
+refused.
 
 Heavy imports stay inside the functions: rerunning a finished run loads no JAX.
 """
 
 import contextlib
+import json
 import resource
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -49,7 +52,7 @@ class Run:
         from persyn_jax.sampling.process import running_service
 
         if self._endpoint is None:
-            assert self.config.service is not None
+            assert self.config.service is not None, "RunConfig lets no teacher go without one"
             say("sampling service: loading and compiling")
             service = running_service(self.config.service, self.config.run.platform)
             self._endpoint = (self._service.enter_context(service), self.config.service.name)
@@ -79,10 +82,9 @@ class Run:
 
 @contextlib.contextmanager
 def open_run(config: RunConfig, overwrite: bool = False) -> Iterator[Run]:
-    """Prepares and holds the run folder; stops the sampling service on the way out, however that is."""
+    """Prepares and holds the run folder; stops the sampling service on the way out."""
     store.prepare(config.run_folder)
     with store.hold(config.run_folder):
-        store.write_text(config.run_folder / "config.yaml", to_yaml(config))
         run = Run(config, overwrite)
         try:
             yield run
@@ -95,26 +97,28 @@ class Stage:
     """One stage: a pure function in a module of its own, and how the run folder meets it."""
 
     name: str
-    module: str
-    """The module of this package whose source, with all that it imports, decides the result."""
+    modules: tuple[str, ...]
+    """Modules of this package whose source, with all that they import, decides the result."""
     reads: tuple[str, ...]
     """Files and folders of the run folder, written by earlier stages."""
     writes: tuple[str, ...]
-    section: Callable[[RunConfig], Any]
+    section: Callable[[RunConfig], dict[str, Any]]
     """The part of the config that it depends on, as plain values."""
     models: Callable[[RunConfig], tuple[ModelConfig, ...]]
     """The models that it depends on."""
     files: Callable[[RunConfig], tuple[Path, ...]]
     """The user's files that it reads."""
-    work: Callable[[Run, str], dict[str, Any]]
-    """(run, fingerprint of everything it depends on) -> summary. What depends on time stands under `measured`."""
+    work: Callable[[Run, Path], dict[str, Any]]
+    """(run, folder for checkpoints of this very work) -> summary.
+
+    What depends on time stands in the summary under `measured`."""
 
 
 def run_stage(stage: Stage, run: Run) -> store.Manifest:
     """Runs a stage unless it is finished already.
 
-    Raises ConfigError when it is finished with other fingerprints (see `store.finished`) and
-    `run.overwrite` is not set.
+    Raises ConfigError when an input is missing, and when the stage is finished with other
+    fingerprints (see `store.finished`) and `run.overwrite` is not set.
     """
     now = _fingerprints(stage, run)
     try:
@@ -126,13 +130,21 @@ def run_stage(stage: Stage, run: Run) -> store.Manifest:
             raise
         store.discard(run.folder, stage.name)
     say(f"{stage.name}: started")
+    store.write_text(run.folder / "config.yaml", to_yaml(run.config))
+    checkpoints = run.folder / "checkpoints" / f"{stage.name}-{fingerprint(now)}"
     started = time.monotonic()
-    summary = stage.work(run, fingerprint([now.inputs, now.config, now.source]))
+    summary = stage.work(run, checkpoints)
     seconds = time.monotonic() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    summary["measured"] = summary.get("measured", {}) | {"peak_memory_gb": round(peak, 2)}
+    summary["measured"] = summary.get("measured", {}) | {"peak_memory_gb": _peak_memory_gb()}
+    manifest = store.finish(run.folder, stage.name, now, list(stage.writes), summary, seconds)
+    shutil.rmtree(checkpoints, ignore_errors=True)  # after the manifest: a kill between loses none
     say(f"{stage.name}: done in {seconds:.0f} s")
-    return store.finish(run.folder, stage.name, now, list(stage.writes), summary, seconds)
+    return manifest
+
+
+def _peak_memory_gb() -> float:
+    """Largest resident set of this process so far; the sampling service is another process."""
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2)
 
 
 def _fingerprints(stage: Stage, run: Run) -> store.Fingerprints:
@@ -151,9 +163,19 @@ def _fingerprints(stage: Stage, run: Run) -> store.Fingerprints:
         inputs[f"model {model.weights}"] = spec.fingerprint(model)
     return store.Fingerprints(
         inputs=inputs,
-        config=fingerprint(stage.section(run.config)),
-        source=source_fingerprint(stage.module),
+        config=dict(_flat(stage.section(run.config))),
+        source=fingerprint([source_fingerprint(module) for module in stage.modules]),
     )
+
+
+def _flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, JSON) of every value inside; keys as an override names them."""
+    if isinstance(value, (dict, list)) and value:
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for name, inner in items:
+            yield from _flat(inner, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, json.dumps(value)
 
 
 def _path_fingerprint(path: Path) -> str:

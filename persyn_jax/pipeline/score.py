@@ -20,7 +20,7 @@ def score(
     config: RewardConfig,
     mesh: Mesh,
 ) -> list[Reward]:
-    """Quality by verifier, learnability by the student's likelihood (PerSyn eq. 1), total (eq. 2); one reward an answer."""
+    """One reward an answer: quality by verifier, learnability (PerSyn eq. 1), total (eq. 2)."""
     usable = [index for index, answer in enumerate(answers) if answer.usable]
     rows = conversations(student.tokenizer, prompts, answers)
     learnability = np.full(len(answers), np.nan)

@@ -1,4 +1,5 @@
-"""The stages in order: what each reads from the run folder, computes with its pure function, and writes back.
+"""The stages in order: what each reads from the run folder, computes with its pure function, and
+writes back.
 
 Heavy imports stay inside the functions: asking for help, or rerunning a finished run, loads no JAX.
 """
@@ -7,11 +8,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import persyn_jax
 from persyn_jax import store
-from persyn_jax.config import ConfigError, fingerprint, to_values
+from persyn_jax.config import to_values
 from persyn_jax.evaluation.sources import FileSource
+from persyn_jax.models.spec import ModelConfig
 from persyn_jax.pipeline.config import RunConfig
+from persyn_jax.pipeline.progress import say
 from persyn_jax.pipeline.run import Run, Stage
 from persyn_jax.records import Answer, Example, Prompt, Reward, Route, Score
 
@@ -27,21 +29,12 @@ SCORES = "scores.parquet"
 METRICS = "metrics.jsonl"
 
 
-def make_prompts(config: RunConfig) -> list[Prompt]:
-    """The run's prompts: the same for the same config, none of them a teacher's worked example."""
-    from persyn_jax.evaluation.sources import load_prompts
-
-    worked = [example.question for teacher in config.teachers for example in teacher.examples]
-    return load_prompts(config.sources, config.run.seed, exclude=worked)
-
-
-def _calibrate(run: Run, _: str) -> dict[str, Any]:
+def _calibrate(run: Run, _: Path) -> dict[str, Any]:
     from persyn_jax.pipeline.calibrate import calibrate
-    from persyn_jax.pipeline.estimate import check_lengths
+    from persyn_jax.pipeline.prompts import make_prompts
 
     config = run.config
     prompts = make_prompts(config)
-    check_lengths(config, prompts)
     with store.AnswerStore(config.run.answers) as answers:
         found = calibrate(
             prompts, config.teachers, run.own_weights(), answers, config.client, run.own_service
@@ -51,7 +44,7 @@ def _calibrate(run: Run, _: str) -> dict[str, Any]:
     return {"answers": len(found), "measured": run.service_counters()}
 
 
-def _score(run: Run, _: str) -> dict[str, Any]:
+def _score(run: Run, _: Path) -> dict[str, Any]:
     from persyn_jax.models.weights import load
     from persyn_jax.pipeline.score import score
 
@@ -67,22 +60,24 @@ def _score(run: Run, _: str) -> dict[str, Any]:
     return {"rewards": len(rewards)}
 
 
-def _train_router(run: Run, _: str) -> dict[str, Any]:
+def _train_router(run: Run, _: Path) -> dict[str, Any]:
     from persyn_jax.models.router import save_router
     from persyn_jax.models.weights import load
-    from persyn_jax.pipeline.train_router import RouterTraining, pooled_inputs, train_router
+    from persyn_jax.pipeline.tokens import prompt_tokens
+    from persyn_jax.pipeline.train_router import RouterTraining, train_router
     from persyn_jax.sampling.scoring import pooled_states
 
     config, mesh = run.config, run.mesh()
     prompts = [p for p in run.read(PROMPTS, Prompt) if p.split == "calibration"]
     backbone = load(config.router_backbone, config.run.seed)
-    state_ND = pooled_states(backbone, pooled_inputs(backbone.tokenizer, prompts), mesh)
+    state_ND = pooled_states(backbone, prompt_tokens(backbone.tokenizer, prompts), mesh)
+    teachers = [teacher.name for teacher in config.teachers]
     metrics_file = run.folder / METRICS
     store.truncate_metrics(metrics_file, "train_router", 0)
     head, metrics = train_router(
         prompts,
         run.read(REWARDS, Reward),
-        [teacher.name for teacher in config.teachers],
+        teachers,
         state_ND,
         RouterTraining(
             held_out=config.router.held_out,
@@ -96,34 +91,34 @@ def _train_router(run: Run, _: str) -> dict[str, Any]:
         mesh,
         lambda row: store.append_metrics(metrics_file, {"stage": "train_router", **row}),
     )
-    names = [teacher.name for teacher in config.teachers]
-    save_router(run.folder / ROUTER, head, names, config.router_backbone.weights, state_ND)
+    save_router(run.folder / ROUTER, head, teachers, config.router_backbone.weights, state_ND)
     return {"router": metrics}
 
 
-def _route(run: Run, _: str) -> dict[str, Any]:
+def _route(run: Run, _: Path) -> dict[str, Any]:
     import numpy as np
 
     from persyn_jax.models.router import load_router
     from persyn_jax.models.weights import load
     from persyn_jax.pipeline.route import route
-    from persyn_jax.pipeline.train_router import pooled_inputs
+    from persyn_jax.pipeline.tokens import prompt_tokens
     from persyn_jax.sampling.scoring import pooled_states
 
     config, mesh = run.config, run.mesh()
     prompts = run.read(PROMPTS, Prompt)
     calibration = [prompt for prompt in prompts if prompt.split == "calibration"]
     rest = [prompt for prompt in prompts if prompt.split == "train"]
-    head, teachers, calibration_state_ND = load_router(run.folder / ROUTER)
-    backbone = load(config.router_backbone, config.run.seed)
-    rest_state_ND = pooled_states(backbone, pooled_inputs(backbone.tokenizer, rest), mesh)
-    state_ND = np.concatenate([calibration_state_ND, rest_state_ND]) if rest else calibration_state_ND
+    head, teachers, state_ND = load_router(run.folder / ROUTER)
+    if rest:
+        backbone = load(config.router_backbone, config.run.seed)
+        rest_ND = pooled_states(backbone, prompt_tokens(backbone.tokenizer, rest), mesh)
+        state_ND = np.concatenate([state_ND, rest_ND])
     routes = route(calibration + rest, state_ND, head, teachers)
     run.write(ROUTES, routes, Route)
     return {"routes": len(routes)}
 
 
-def _generate(run: Run, _: str) -> dict[str, Any]:
+def _generate(run: Run, _: Path) -> dict[str, Any]:
     from persyn_jax.pipeline.generate import check_cost, generate, to_examples
 
     config = run.config
@@ -142,74 +137,63 @@ def _generate(run: Run, _: str) -> dict[str, Any]:
     examples = to_examples(prompts, chosen)
     run.write(ANSWERS, chosen, Answer)
     run.write(EXAMPLES, examples, Example)
-    asked, _needed = check_cost(prompts, len(config.teachers), calibration, chosen)
     return {
-        "answers_generated": asked,
+        "answers_generated": check_cost(prompts, len(config.teachers), calibration, chosen),
         "examples": len(examples),
         "measured": run.service_counters(),
     }
 
 
-def _train_student(run: Run, mark: str) -> dict[str, Any]:
-    from persyn_jax.models.weights import Model, load, save_folder
+def _train_student(run: Run, checkpoints: Path) -> dict[str, Any]:
+    from persyn_jax.models.weights import load, load_tokenizer, save_folder
+    from persyn_jax.pipeline.prompts import check_answers
     from persyn_jax.pipeline.tokens import conversations
     from persyn_jax.pipeline.train_student import StudentTraining, train_student
 
     run.stop_service()  # its memory is needed
     config, mesh = run.config, run.mesh()
-    student = load(config.student, config.run.seed)
     answers = [answer for answer in run.read(ANSWERS, Answer) if answer.usable]
-    rows = conversations(student.tokenizer, run.read(PROMPTS, Prompt), answers)
-    shape, tokenizer = student.config, student.tokenizer
-    checkpoints = run.folder / "checkpoints"
-    _remove_others(checkpoints, keep=mark)
+    tokens = conversations(load_tokenizer(config.student), run.read(PROMPTS, Prompt), answers)
+    check_answers(answers, tokens, config.training)
+    _remove_others(checkpoints)
     metrics_file = run.folder / METRICS
-    try:
-        trained = train_student(
-            student,
-            rows,
-            StudentTraining(config.training, config.gossip, config.run.seed),
-            mesh,
-            checkpoints / mark,
-            lambda first, steps: _announce(metrics_file, first, steps),
-            lambda row: _log(metrics_file, row),
-        )
-    except ValueError as error:
-        raise ConfigError(f"training: {error}") from None
-    folder = run.folder / STUDENT
-    save_folder(folder, Model(shape, trained.params, tokenizer))
-    shutil.rmtree(checkpoints / mark, ignore_errors=True)
+    trained = train_student(
+        lambda: load(config.student, config.run.seed),
+        tokens,
+        StudentTraining(config.training, config.gossip, config.run.seed),
+        mesh,
+        checkpoints,
+        lambda first, steps: _announce(metrics_file, first, steps),
+        lambda row: _log(metrics_file, row),
+    )
+    save_folder(run.folder / STUDENT, trained.model)
     return {
         "compiled_programs": trained.compiled_programs,
         "held_out": [answers[index].prompt_id for index in trained.held_out],
     }
 
 
-def _remove_others(folder: Path, keep: str) -> None:
-    """Checkpoints of a training with another config, other answers or other code are of no use."""
-    for path in folder.iterdir():
-        if path.name != keep:
+def _remove_others(checkpoints: Path) -> None:
+    """Checkpoints of a training with another config, other answers or other code fit no more."""
+    for path in sorted(checkpoints.parent.iterdir()):
+        if path != checkpoints:
+            say(f"  removing checkpoints of another config, other answers or other code: {path}")
             shutil.rmtree(path)
 
 
 def _announce(metrics_file: Path, first: int, steps: int) -> None:
-    from persyn_jax.pipeline.progress import say
-
     store.truncate_metrics(metrics_file, "train_student", first)
     say(f"  training from step {first} to {steps}" if first else f"  training {steps} steps")
 
 
 def _log(metrics_file: Path, row: dict[str, Any]) -> None:
-    from persyn_jax.pipeline.progress import say
-
     store.append_metrics(metrics_file, {"stage": "train_student", **row})
     if "held_out_loss" in row:
         losses = ", ".join(f"{loss:.3f}" for loss in row["held_out_loss"])
         say(f"  step {row['step']}: held-out loss by worker {losses}")
 
 
-def _evaluate(run: Run, _: str) -> dict[str, Any]:
-    from persyn_jax.models.spec import ModelConfig
+def _evaluate(run: Run, _: Path) -> dict[str, Any]:
     from persyn_jax.models.weights import load
     from persyn_jax.pipeline.evaluate import evaluate
 
@@ -227,7 +211,7 @@ def _evaluate(run: Run, _: str) -> dict[str, Any]:
     return {"scores": len(scores)}
 
 
-def _report(run: Run, _: str) -> dict[str, Any]:
+def _report(run: Run, _: Path) -> dict[str, Any]:
     from persyn_jax.reporting.page import render_page
     from persyn_jax.reporting.report import build_report
 
@@ -240,6 +224,8 @@ def _report(run: Run, _: str) -> dict[str, Any]:
 
 def run_records(run: Run):
     """Everything that the finished stages wrote, as `reporting` takes it."""
+    import persyn_jax
+    from persyn_jax.config import ConfigError, fingerprint
     from persyn_jax.reporting.report import RunRecords
 
     config = run.config
@@ -283,107 +269,115 @@ def run_records(run: Run):
     )
 
 
-def _prompt_files(config: RunConfig) -> tuple[Path, ...]:
-    return tuple(s.path for s in config.sources.values() if isinstance(s, FileSource))
-
-
-def _no_models(_: RunConfig) -> tuple:
-    return ()
-
-
-def _no_files(_: RunConfig) -> tuple:
-    return ()
-
-
 def _section(*names: str):
     """The parts of the config with these names, and the seed."""
 
     def section(config: RunConfig) -> dict[str, Any]:
         values = to_values(config)
-        return {"seed": config.run.seed} | {name: values[name] for name in names}
+        return {"run": {"seed": config.run.seed}} | {name: values[name] for name in names}
 
     return section
+
+
+def _service_model(config: RunConfig) -> tuple[ModelConfig, ...]:
+    return () if config.service is None else (config.service.model,)
+
+
+def _student_model(config: RunConfig) -> tuple[ModelConfig, ...]:
+    return (config.student,)
+
+
+def _backbone(config: RunConfig) -> tuple[ModelConfig, ...]:
+    return (config.router_backbone,)
+
+
+def _prompt_files(config: RunConfig) -> tuple[Path, ...]:
+    return tuple(s.path for s in config.sources.values() if isinstance(s, FileSource))
+
+
+def _none(_: RunConfig) -> tuple:
+    return ()
 
 
 STAGES: tuple[Stage, ...] = (
     Stage(
         name="calibrate",
-        module="persyn_jax.pipeline.calibrate",
+        modules=("persyn_jax.pipeline.prompts", "persyn_jax.pipeline.calibrate"),
         reads=(),
         writes=(PROMPTS, CALIBRATION_ANSWERS),
         section=_section("sources", "teachers"),
-        models=lambda config: (config.service.model,) if config.service else (),
+        models=_service_model,
         files=_prompt_files,
         work=_calibrate,
     ),
     Stage(
         name="score",
-        module="persyn_jax.pipeline.score",
+        modules=("persyn_jax.pipeline.score",),
         reads=(PROMPTS, CALIBRATION_ANSWERS),
         writes=(REWARDS,),
         section=_section("rewards"),
-        models=lambda config: (config.student,),
-        files=_no_files,
+        models=_student_model,
+        files=_none,
         work=_score,
     ),
     Stage(
         name="train_router",
-        module="persyn_jax.pipeline.train_router",
+        modules=("persyn_jax.sampling.scoring", "persyn_jax.pipeline.train_router"),
         reads=(PROMPTS, REWARDS),
         writes=(ROUTER,),
         section=_section("router", "gossip"),
-        models=lambda config: (config.router_backbone,),
-        files=_no_files,
+        models=_backbone,
+        files=_none,
         work=_train_router,
     ),
     Stage(
         name="route",
-        module="persyn_jax.pipeline.route",
+        modules=("persyn_jax.sampling.scoring", "persyn_jax.pipeline.route"),
         reads=(PROMPTS, ROUTER),
         writes=(ROUTES,),
         section=_section(),
-        models=lambda config: (config.router_backbone,),
-        files=_no_files,
+        models=_backbone,
+        files=_none,
         work=_route,
     ),
     Stage(
         name="generate",
-        module="persyn_jax.pipeline.generate",
+        modules=("persyn_jax.pipeline.generate",),
         reads=(PROMPTS, CALIBRATION_ANSWERS, ROUTES),
         writes=(ANSWERS, EXAMPLES),
         section=_section("teachers"),
-        models=lambda config: (config.service.model,) if config.service else (),
-        files=_no_files,
+        models=_service_model,
+        files=_none,
         work=_generate,
     ),
     Stage(
         name="train_student",
-        module="persyn_jax.pipeline.train_student",
+        modules=("persyn_jax.pipeline.tokens", "persyn_jax.pipeline.train_student"),
         reads=(PROMPTS, ANSWERS),
         writes=(STUDENT,),
         section=_section("training", "gossip"),
-        models=lambda config: (config.student,),
-        files=_no_files,
+        models=_student_model,
+        files=_none,
         work=_train_student,
     ),
     Stage(
         name="evaluate",
-        module="persyn_jax.pipeline.evaluate",
+        modules=("persyn_jax.pipeline.evaluate",),
         reads=(PROMPTS, STUDENT),
         writes=(SCORES,),
         section=_section("evaluation"),
-        models=lambda config: (config.student,),
-        files=_no_files,
+        models=_student_model,
+        files=_none,
         work=_evaluate,
     ),
     Stage(
         name="report",
-        module="persyn_jax.reporting.page",
-        reads=(PROMPTS, CALIBRATION_ANSWERS, REWARDS, ROUTES, ANSWERS, EXAMPLES, SCORES),
+        modules=("persyn_jax.reporting",),
+        reads=(PROMPTS, CALIBRATION_ANSWERS, REWARDS, ROUTES, ANSWERS, EXAMPLES, METRICS, SCORES),
         writes=("report.html", "report.json"),
         section=to_values,
-        models=_no_models,
-        files=_no_files,
+        models=_none,
+        files=_none,
         work=_report,
     ),
 )

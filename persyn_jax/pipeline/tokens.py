@@ -1,4 +1,4 @@
-"""Records to token rows: the student's or the router's view of prompts and answers."""
+"""Records to token ids: the student's or the router's view of prompts and answers."""
 
 from collections.abc import Sequence
 
@@ -7,19 +7,23 @@ from persyn_jax.models.rows import Conversation
 from persyn_jax.records import Answer, Prompt
 
 
-def conversation(tok: tokenizer.Tokenizer, prompt: Prompt, answer: Answer) -> Conversation:
-    """The prompt through the chat template, and the answer with EOS where the teacher ended it."""
-    return Conversation(
-        prompt=tuple(tokenizer.prompt_ids(tok, prompt.messages)),
-        response=tuple(
-            tokenizer.response_ids(tok, answer.text, ended=answer.finish_reason == "stop")
-        ),
-    )
+def prompt_tokens(tok: tokenizer.Tokenizer, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
+    """Each prompt through the chat template: what a router's backbone reads."""
+    return [tuple(tokenizer.prompt_ids(tok, prompt.messages)) for prompt in prompts]
 
 
 def conversations(
     tok: tokenizer.Tokenizer, prompts: Sequence[Prompt], answers: Sequence[Answer]
 ) -> list[Conversation]:
-    """One conversation an answer."""
+    """One conversation an answer; EOS is part of it where the teacher ended it."""
     prompt_of = {prompt.id: prompt for prompt in prompts}
-    return [conversation(tok, prompt_of[answer.prompt_id], answer) for answer in answers]
+    tokens = prompt_tokens(tok, [prompt_of[answer.prompt_id] for answer in answers])
+    return [
+        Conversation(
+            prompt=prompt,
+            response=tuple(
+                tokenizer.response_ids(tok, answer.text, ended=answer.finish_reason == "stop")
+            ),
+        )
+        for prompt, answer in zip(tokens, answers, strict=True)
+    ]

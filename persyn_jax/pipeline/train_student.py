@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from persyn_jax import gossip, mesh as meshes
-from persyn_jax.models.decoder import Params
-from persyn_jax.models.rows import Conversation
+from persyn_jax import gossip
+from persyn_jax import mesh as meshes
+from persyn_jax.models.rows import Conversation, Rows
 from persyn_jax.models.weights import Model
 from persyn_jax.training import checkpoint
 from persyn_jax.training.batches import batch_rows, first_fit, hold_out, make_plan, stack_workers
@@ -20,10 +20,14 @@ from persyn_jax.training.config import GossipConfig, TrainConfig
 from persyn_jax.training.loop import make_optimiser, run_steps, uniform_mean
 from persyn_jax.training.losses import response_loss
 from persyn_jax.training.step import (
+    LossFunction,
+    StepMetrics,
     TrainState,
+    compiled_programs,
     init_state,
     make_train_step,
     on_mesh,
+    placed_shapes,
     stack_on_mesh,
 )
 
@@ -39,16 +43,18 @@ class StudentTraining:
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished training: the uniform mean of the workers, and what was counted on the way."""
+    """A finished training, and what was counted on the way."""
 
-    params: Params
+    model: Model
+    """The uniform mean of the workers."""
     compiled_programs: int
+    """Of the train step."""
     held_out: list[int]
     """Indices of the conversations that were held out."""
 
 
 def train_student(
-    student: Model,
+    load_student: Callable[[], Model],
     conversations: Sequence[Conversation],
     config: StudentTraining,
     mesh: Mesh,
@@ -58,61 +64,79 @@ def train_student(
 ) -> Trained:
     """Trains from the newest intact checkpoint, or from the start.
 
-    on_start(first step, steps) is called before the first step; on_metrics(row) after each.
-    The student's parameters are given up as soon as the workers have theirs.
+    load_student: called when the parameters are needed; they are kept by the workers alone.
+    on_start(first step, steps) is called before the first step, on_metrics(row) after each.
+
+    Raises RuntimeError: too few conversations, no checkpoint intact; ValueError: a conversation
+    that no row has room for.
     """
-    c = config.training
+    c, workers = config.training, config.gossip.workers
     train, held_out = hold_out(conversations, c.held_out, config.seed)
+    if not held_out or len(train) < workers:
+        raise RuntimeError(
+            f"{len(conversations)} usable answers: training needs one for each of {workers} "
+            "workers and one for the held-out loss"
+        )
     examples = [conversations[index] for index in train]
-    workers = config.gossip.workers
     plan = make_plan(examples, c, workers, config.seed)
     schedule = gossip.gosgd_schedule(
         workers, len(plan), config.gossip.exchange_probability, config.seed
     )
-    messages_T = schedule.messages()
+    pushes_T = schedule.messages()
+
+    student = load_student()
+    loss = functools.partial(response_loss, student.config, c.recompute)
     optimiser = make_optimiser(c.optimiser, len(plan))
     mixing = gossip.gosgd(schedule.bank, meshes.WORKER)
-    loss = functools.partial(response_loss, student.config, c.recompute)
-    step = on_mesh(make_train_step(loss, optimiser, mixing), mesh, replicated=1, donate=True)
+    step = on_mesh(make_train_step(loss, optimiser, mixing), mesh, (0, 0, None), donate=True)
     measure = _make_measure(loss, [conversations[index] for index in held_out], c, mesh)
 
-    state = on_mesh(lambda params: init_state(params, optimiser, mixing), mesh, donate=True)(
-        stack_on_mesh(student.params, mesh)
-    )
-    first = 0
-    if (restored := checkpoint.restore_newest(checkpoints, like=state)) is not None:
-        first, state = restored
+    start = on_mesh(lambda params: init_state(params, optimiser, mixing), mesh, (0,), donate=True)
+    params_W = stack_on_mesh(student.params, mesh)
+    student = replace(student, params={})
+    like = placed_shapes(jax.eval_shape(start, params_W), meshes.per_worker(mesh))
+    first, state = checkpoint.restore_newest(checkpoints, like) or (0, start(params_W))
+    del params_W
     on_start(first, len(plan))
 
-    def batch_at(number: int):
+    def batch_at(number: int) -> Rows:
         return stack_workers([batch_rows(examples, own, c) for own in plan[number]])
 
-    for number, state, metrics in run_steps(
-        step, state, batch_at, schedule, range(first, len(plan)), mesh
-    ):
-        last = number == len(plan) - 1
+    for taken in run_steps(step, state, batch_at, schedule, range(first, len(plan)), mesh):
+        number, last = taken.number, taken.number == len(plan) - 1
         row = {
             "step": number,
-            "loss": metrics.loss.tolist(),
-            "gradient_norm": metrics.gradient_norm.tolist(),
-            "sum_weight": np.asarray(state.mix_state.sum_weight).tolist(),
-            "pushes": int(messages_T[number]),
-            "tokens": sum(examples[i].length for own in plan[number] for row in own for i in row),
+            "loss": _where_measured(taken.metrics),
+            "gradient_norm": taken.metrics.gradient_norm.tolist(),
+            "sum_weight": np.asarray(taken.state.mix_state.sum_weight).tolist(),
+            "pushes": int(pushes_T[number]),
+            "tokens": _tokens(examples, plan[number]),
         }
         if last or number % c.measure_every == 0:
-            row |= measure(state)
+            row |= measure(taken.state)
         on_metrics(row)
         if not last and (number + 1) % c.checkpoint_every == 0:
-            checkpoint.save(checkpoints, number + 1, state)
-    compiled = step._cache_size()
-    assert compiled <= 1, f"one batch shape must compile one program, compiled {compiled}"
-    return Trained(uniform_mean(state.params), compiled, held_out)
+            checkpoint.save(checkpoints, number + 1, taken.state)
+    compiled = compiled_programs(step)
+    assert compiled == 1, f"one batch shape must compile one program, compiled {compiled}"
+    return Trained(replace(student, params=uniform_mean(taken.state.params)), compiled, held_out)
+
+
+def _where_measured(metrics: StepMetrics) -> list[float | None]:
+    """The loss by worker; null where the batch was empty."""
+    losses = zip(metrics.loss.tolist(), metrics.weight.tolist(), strict=True)
+    return [loss if weight else None for loss, weight in losses]
+
+
+def _tokens(examples: Sequence[Conversation], rows_by_worker: list[list[list[int]]]) -> int:
+    """Tokens of one step's rows, prompts and answers, over all workers."""
+    return sum(examples[i].length for own in rows_by_worker for row in own for i in row)
 
 
 def _make_measure(
-    loss: Callable, held_out: list[Conversation], config: TrainConfig, mesh: Mesh
+    loss: LossFunction, held_out: list[Conversation], config: TrainConfig, mesh: Mesh
 ) -> Callable[[TrainState], dict[str, Any]]:
-    """A function of the state: held-out loss by worker, and the consensus distance of the parameters."""
+    """A function of the state: held-out loss by worker, and the parameters' consensus distance."""
     packed = first_fit(held_out, list(range(len(held_out))), config)
     batch = jax.device_put(batch_rows(held_out, packed, config), meshes.replicated(mesh))
 
@@ -120,11 +144,10 @@ def _make_measure(
         mean, _ = loss(params, batch)
         return mean, gossip.consensus_distance(params, meshes.WORKER)
 
-    compiled = on_mesh(one_worker, mesh, replicated=1)
+    compiled = on_mesh(one_worker, mesh, (0, None))
 
     def measure(state: TrainState) -> dict[str, Any]:
         loss_W, distance_W = jax.tree.map(np.asarray, compiled(state.params, batch))
         return {"held_out_loss": loss_W.tolist(), "consensus_distance": float(distance_W[0])}
 
     return measure
-

@@ -285,7 +285,7 @@ def _worker_lines(
     if not rows:
         return
     steps = [row["step"] for row in rows]
-    values_TW = np.array([row[key] for row in rows])
+    values_TW = np.array([row[key] for row in rows], float)  # a null becomes NaN, a gap
     workers = values_TW.shape[1]
     for worker in range(workers):
         axes.plot(
@@ -300,7 +300,8 @@ def _worker_lines(
     if workers > LABELLED_WORKERS:
         return
     low, high = axes.get_ylim()
-    heights = spread(values_TW[-1].tolist(), LABEL_GAP * (high - low))
+    last_W = [float(values_T[np.isfinite(values_T)][-1]) for values_T in values_TW.T]
+    heights = spread(last_W, LABEL_GAP * (high - low))
     for worker, height in enumerate(heights):
         axes.annotate(
             f"worker {worker}",

@@ -1,1 +1,1 @@
-"""Sampling: the engine, the HTTP service around it, the client of any such service, and likelihood scoring."""
+"""Sampling: the engine, the HTTP service around it, the client of any such service, scoring."""

@@ -1,6 +1,7 @@
-"""Config of the sampling service and of the teachers that are asked through it or through any other endpoint."""
+"""Config of the sampling service, and of the teachers that answer through it or elsewhere."""
 
 from typing import Annotated
+from urllib.parse import urlsplit
 
 from pydantic import Field
 
@@ -24,13 +25,18 @@ class EngineConfig:
     decode_steps: Annotated[int, Field(ge=1)] = 4
     """Tokens decoded per round trip to the host."""
     prefix_blocks: Annotated[int, Field(ge=1)] = 256
-    """Chunks of recently read prompts that are kept for reuse."""
+    """Chunks of recently read prompts that are kept for reuse; at least `prefill_rows`."""
 
     def __post_init__(self):
         if self.cache_length % self.prefill_chunk:
             raise ValueError(
                 f"cache_length {self.cache_length} must be a multiple of "
                 f"prefill_chunk {self.prefill_chunk}"
+            )
+        if self.prefix_blocks < self.prefill_rows:
+            raise ValueError(
+                f"prefix_blocks {self.prefix_blocks} must be at least "
+                f"prefill_rows {self.prefill_rows}"
             )
 
 
@@ -48,12 +54,12 @@ class ServiceConfig:
 class SamplingConfig:
     """How a teacher's answers are drawn."""
 
-    temperature: Annotated[float, Field(ge=0)] = 0.0
+    temperature: Annotated[float, Field(ge=0, le=100)] = 0.0
     """0 is greedy."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_tokens: Annotated[int, Field(ge=1)] = 64
-    stop: list[str] = Field(default_factory=list)
-    """The answer ends before the first of these texts (at most four, as OpenAI's endpoints take)."""
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list, max_length=4)
+    """The answer ends before the first of these texts; at most four, as OpenAI's endpoints take."""
 
 
 @config_class
@@ -85,8 +91,16 @@ class TeacherConfig:
     usd_per_million_completion_tokens: Annotated[float, Field(ge=0)] | None = None
 
     def __post_init__(self):
-        if self.base_url is not None and self.model is None:
+        if self.base_url is None:
+            return
+        if self.model is None:
             raise ValueError(f"teacher {self.name!r}: a base_url needs a model")
+        url = urlsplit(self.base_url)  # raises ValueError itself for what is no URL at all
+        if url.scheme not in ("http", "https") or not url.hostname or url.port == 0:
+            raise ValueError(
+                f"teacher {self.name!r}: base_url {self.base_url!r} must begin with http:// or "
+                "https:// and a host"
+            )
 
 
 @config_class
@@ -102,7 +116,7 @@ class ClientConfig:
 
 
 def teacher_messages(teacher: TeacherConfig, messages: list[Message]) -> list[Message]:
-    """What is sent: the teacher's system prompt and worked examples, then the prompt's own messages."""
+    """What is sent: the teacher's system prompt and worked examples, then the prompt's messages."""
     before: list[Message] = []
     if teacher.system is not None:
         before.append({"role": "system", "content": teacher.system})

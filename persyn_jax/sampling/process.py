@@ -1,7 +1,8 @@
-"""The sampling service as a child process: started on a free loopback port, stopped with its parent.
+"""The sampling service as a child process: on a free loopback port, gone with its parent.
 
-Also the child's entry point (`python -m persyn_jax.sampling.process`): the config comes as JSON on standard input, which
-the parent then keeps open. When the parent is gone, however it ended, standard input ends and so does the service.
+Also the child's entry point (`python -m persyn_jax.sampling.process`): the config comes as JSON on
+standard input, which the parent then keeps open. When the parent is gone, however it ended,
+standard input ends and so does the service.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import IO
 
 import httpx
 
@@ -20,77 +22,103 @@ from persyn_jax.config import ConfigError, to_values, validate
 from persyn_jax.sampling.config import ServiceConfig
 
 _STARTUP_SECONDS = 600
+_ERROR = "error: "  # begins the line in which the child says why it ends
 
 
-class ServiceFailed(RuntimeError):
+class ServiceError(RuntimeError):
     """The service could not start or died. One line."""
 
 
 @contextlib.contextmanager
 def running_service(config: ServiceConfig, platform: str) -> Iterator[str]:
-    """Runs the service and yields its base URL (ending in /v1) once it is healthy; stops it on the way out.
+    """Runs the service and yields its base URL (ending in /v1) once it is healthy.
 
-    Raises ConfigError for what the service calls bad input, ServiceFailed when it dies while starting.
+    It is stopped on the way out. platform: of JAX, `cpu`, `gpu` or `tpu`.
+    Raises ConfigError for what the service calls bad input, ServiceError when it dies while
+    starting.
     """
-    from persyn_jax.sampling.service import bind
-
-    listener = bind("127.0.0.1", 0)
-    port = listener.getsockname()[1]
-    command = [sys.executable, "-m", "persyn_jax.sampling.process", str(listener.fileno())]
-    child = subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        pass_fds=[listener.fileno()],
-        env=os.environ | {"JAX_PLATFORMS": platform},
-        start_new_session=True,  # Ctrl-C reaches the parent only, which then stops the child
-        text=True,
-    )
-    listener.close()
-    assert child.stdin is not None and child.stderr is not None
-    last_lines: list[str] = []
-    reader = threading.Thread(target=_forward, args=(child.stderr, last_lines), daemon=True)
+    with bind("127.0.0.1", 0) as listener:
+        root = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        child = subprocess.Popen(
+            [sys.executable, "-m", "persyn_jax.sampling.process", str(listener.fileno())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            pass_fds=[listener.fileno()],
+            env=os.environ | {"JAX_PLATFORMS": platform},
+            start_new_session=True,  # Ctrl-C reaches the parent only, which then stops the child
+            text=True,
+        )
+    assert child.stdin is not None
+    assert child.stderr is not None
+    reasons: list[str] = []
+    started = threading.Event()
+    reader = threading.Thread(target=_forward, args=(child.stderr, reasons, started), daemon=True)
     reader.start()
     try:
-        with contextlib.suppress(BrokenPipeError):  # it died at once: `_wait` says why
+        with contextlib.suppress(BrokenPipeError):  # it died at once: the next line says why
             child.stdin.write(json.dumps(to_values(config)) + "\n")
             child.stdin.flush()
-        _wait_until_healthy(f"http://127.0.0.1:{port}/health", child, reader, last_lines)
-        yield f"http://127.0.0.1:{port}/v1"
+        _wait_until_healthy(f"{root}/health", child, reader, reasons)
+        started.set()
+        yield f"{root}/v1"
     finally:
         _stop(child)
+        reader.join(timeout=5)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one. Raises ConfigError when it cannot be had."""
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(1024)
+    except (OSError, OverflowError) as error:
+        listener.close()
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"cannot listen on {host}:{port}: {reason}") from None
+    return listener
 
 
 def read_counters(base_url: str) -> dict[str, float]:
-    """The service's counters by name, from its /metrics."""
-    text = httpx.get(base_url.removesuffix("/v1") + "/metrics", timeout=30).text
+    """The service's counters by name, from its /metrics. Raises ServiceError when it is gone."""
+    url = base_url.removesuffix("/v1") + "/metrics"
+    try:
+        text = httpx.get(url, timeout=30, trust_env=False).text
+    except httpx.TransportError as error:
+        raise ServiceError(f"the sampling service does not answer: {error}") from None
     lines = [line.split() for line in text.splitlines() if not line.startswith("#")]
     return {name.removeprefix("persyn_"): float(value) for name, value in lines}
 
 
-def _forward(stream, last_lines: list[str]) -> None:
-    """Keeps the child's last line and passes on the others as they come."""
-    for line in stream:
-        if line.startswith("error: "):
-            last_lines.append(line.removeprefix("error: ").strip())
-        else:
-            print(line, end="", file=sys.stderr)
+def _forward(stream: IO[str], reasons: list[str], started: threading.Event) -> None:
+    """Passes on the child's lines; keeps the reason why it could not start for the exception."""
+    with stream:
+        for line in stream:
+            if line.startswith(_ERROR) and not started.is_set():
+                reasons.append(line.removeprefix(_ERROR).strip())
+            else:
+                print(f"sampling service: {line}", end="", file=sys.stderr)
 
 
-def _wait_until_healthy(url: str, child, reader: threading.Thread, last_lines: list[str]) -> None:
+def _wait_until_healthy(
+    url: str, child: subprocess.Popen, reader: threading.Thread, reasons: list[str]
+) -> None:
     deadline = time.monotonic() + _STARTUP_SECONDS
-    while time.monotonic() < deadline:
-        if child.poll() is not None:
-            reader.join(timeout=5)
-            reason = last_lines[-1] if last_lines else f"exit status {child.returncode}"
-            if child.returncode == 2:
-                raise ConfigError(reason)
-            raise ServiceFailed(f"the sampling service did not start: {reason}")
-        with contextlib.suppress(httpx.TransportError):
-            if httpx.get(url, timeout=5).status_code == 200:
-                return
-        time.sleep(0.1)
-    raise ServiceFailed(f"the sampling service was not healthy within {_STARTUP_SECONDS} s")
+    with httpx.Client(timeout=5, trust_env=False) as http:
+        while time.monotonic() < deadline:
+            if child.poll() is not None:
+                reader.join(timeout=5)
+                reason = reasons[-1] if reasons else f"exit status {child.returncode}"
+                if child.returncode == 2:
+                    raise ConfigError(reason)
+                raise ServiceError(f"the sampling service did not start: {reason}")
+            with contextlib.suppress(httpx.TransportError):
+                if http.get(url).status_code == 200:
+                    return
+            time.sleep(0.1)
+    raise ServiceError(f"the sampling service was not healthy within {_STARTUP_SECONDS} s")
 
 
 def _stop(child: subprocess.Popen) -> None:

@@ -2,8 +2,8 @@
 
     POST /v1/chat/completions    GET /v1/models    GET /health    GET /metrics
 
-One thread drives the engine; requests of all connections meet in its slots. `/health` answers 503 until the weights are
-loaded and every program is compiled.
+One thread drives the engine; requests of all connections meet in its slots. `/health` answers 503
+until the weights are loaded and every program is compiled.
 """
 
 import asyncio
@@ -14,37 +14,61 @@ import secrets
 import socket
 import sys
 import threading
+import time
+import traceback
 import uuid
+from collections.abc import Coroutine
 from typing import Annotated, Any, Literal
 
 import fastapi
 import uvicorn
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from starlette.exceptions import HTTPException
 
 from persyn_jax.config import ConfigError
 from persyn_jax.models import tokenizer, weights
 from persyn_jax.sampling.config import ServiceConfig
 from persyn_jax.sampling.engine import Completion, Engine, Request
 
-# Fields of OpenAI's protocol that would change the answer and are not offered, with the value that asks for nothing.
+# Fields of OpenAI's protocol and of vLLM's that would change the answer and are not offered, with
+# the value that asks for nothing.
 _NOT_OFFERED: dict[str, Any] = {
     "n": 1,
     "stream": False,
     "logprobs": False,
     "top_logprobs": 0,
+    "prompt_logprobs": None,
+    "echo": False,
     "top_k": -1,
     "min_p": 0,
+    "min_tokens": 0,
     "presence_penalty": 0,
     "frequency_penalty": 0,
     "repetition_penalty": 1,
     "logit_bias": {},
+    "bad_words": [],
+    "stop_token_ids": [],
+    "ignore_eos": False,
+    "include_stop_str_in_output": False,
     "response_format": {"type": "text"},
+    "structured_outputs": None,
     "tools": [],
     "tool_choice": "none",
     "functions": [],
     "function_call": "none",
+    "chat_template": None,
+    "chat_template_kwargs": {},
+    "continue_final_message": False,
+    "add_generation_prompt": True,
 }
+
+_NonEmpty = Annotated[str, Field(min_length=1)]
+
+
+def _one_or_many(stop: Any) -> Any:
+    return [stop] if isinstance(stop, str) else stop
 
 
 class ChatMessage(BaseModel):
@@ -55,7 +79,10 @@ class ChatMessage(BaseModel):
 
 
 class ChatRequest(BaseModel):
-    """The body of POST /v1/chat/completions. Further fields are let through unless they would change the answer."""
+    """The body of POST /v1/chat/completions.
+
+    Further fields are let through unless they would change the answer.
+    """
 
     model_config = ConfigDict(extra="allow")
 
@@ -66,43 +93,50 @@ class ChatRequest(BaseModel):
     temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     seed: int | None = None
-    stop: Annotated[list[str], Field(max_length=4)] | str | None = None
+    stop: Annotated[list[_NonEmpty] | None, Field(max_length=4), BeforeValidator(_one_or_many)] = (
+        None
+    )
     return_token_ids: bool = False
 
 
-class BadRequest(Exception):
+class BadRequestError(Exception):
     """A request that can never succeed: 400, with the field that is to blame."""
 
-    def __init__(self, message: str, param: str | None = None):
+    def __init__(self, message: str, param: str):
         super().__init__(message)
         self.param = param
 
 
 class EngineThread:
-    """Loads the engine and drives it in a thread of its own; `answer` is called from the event loop."""
+    """Loads the engine and drives it in a thread of its own; the event loop calls `answer`."""
 
     def __init__(self, config: ServiceConfig):
         self.config = config
         self.engine: Engine | None = None
-        self._inbox: queue.SimpleQueue = queue.SimpleQueue()
+        """None until it is ready."""
+        self._inbox: queue.SimpleQueue[tuple[Request, concurrent.futures.Future]] = (
+            queue.SimpleQueue()
+        )
         threading.Thread(target=self._run, daemon=True, name="engine").start()
 
     async def answer(self, request: Request) -> Completion:
-        """Waits for the completion of a request that has passed `Engine.check`."""
+        """Waits for the completion of a request that has passed `Engine.check`.
+
+        Cancelling the wait frees the request's slot.
+        """
         future: concurrent.futures.Future[Completion] = concurrent.futures.Future()
         self._inbox.put((request, future))
         return await asyncio.wrap_future(future)
 
     def _run(self) -> None:
         try:
-            engine = Engine(weights.load(self.config.model), self.config.engine)
-            engine.warm_up()
-            self.engine = engine
-            self._drive(engine)
+            self.engine = Engine(weights.load(self.config.model), self.config.engine)
+            self._drive(self.engine)
         except ConfigError as error:
-            _exit_process(f"error: {error}", 2)
+            _exit_process(str(error), 2)
         except Exception as error:  # a dead engine must not look like a slow one
-            _exit_process(f"error: the engine failed: {type(error).__name__}: {error}", 1)
+            traceback.print_exc()
+            _exit_process(f"the engine failed: {type(error).__name__}: {error}", 1)
 
     def _drive(self, engine: Engine) -> None:
         futures: dict[int, concurrent.futures.Future[Completion]] = {}
@@ -110,12 +144,17 @@ class EngineThread:
             while not engine.busy or not self._inbox.empty():
                 request, future = self._inbox.get()
                 futures[engine.submit(request)] = future
+            for ticket in [ticket for ticket, future in futures.items() if future.cancelled()]:
+                engine.cancel(ticket)
+                del futures[ticket]
             for ticket, completion in engine.step().items():
-                futures.pop(ticket).set_result(completion)
+                future = futures.pop(ticket)
+                if future.set_running_or_notify_cancel():  # from here on it cannot be cancelled
+                    future.set_result(completion)
 
 
-def _exit_process(line: str, code: int) -> None:
-    print(line, file=sys.stderr, flush=True)
+def _exit_process(reason: str, code: int) -> None:
+    print("error: " + " ".join(reason.split()), file=sys.stderr, flush=True)
     os._exit(code)
 
 
@@ -124,21 +163,25 @@ def create_app(config: ServiceConfig) -> fastapi.FastAPI:
     app = fastapi.FastAPI(title="persyn_jax sampling service", docs_url=None, redoc_url=None)
     thread = EngineThread(config)
 
-    @app.exception_handler(BadRequest)
-    async def bad_request(_, error: BadRequest):
+    @app.exception_handler(BadRequestError)
+    async def bad_request(_, error: BadRequestError):
         return _error(400, str(error), error.param)
 
-    @app.exception_handler(fastapi.exceptions.RequestValidationError)
-    async def invalid(_, error: fastapi.exceptions.RequestValidationError):
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_, error: RequestValidationError):
         first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return _error(400, "the body is not valid JSON")
         field = ".".join(str(part) for part in first["loc"][1:])
         return _error(400, f"{field}: {first['msg']}", field)
 
+    @app.exception_handler(HTTPException)
+    async def http_error(_, error: HTTPException):
+        return _error(error.status_code, error.detail)
+
     @app.get("/health")
     async def health():
-        if thread.engine is None:
-            return _error(503, "loading", None)
-        return {"status": "ok"}
+        return _error(503, "loading") if thread.engine is None else {"status": "ok"}
 
     @app.get("/metrics")
     async def metrics():
@@ -150,50 +193,67 @@ def create_app(config: ServiceConfig) -> fastapi.FastAPI:
         return {"object": "list", "data": [model]}
 
     @app.post("/v1/chat/completions")
-    async def chat_completions(body: ChatRequest):
+    async def chat_completions(body: ChatRequest, http: fastapi.Request):
         if body.model != config.name:
             message = f"model: {body.model!r} is not served here; {config.name!r} is"
             return _error(404, message, "model")
         if thread.engine is None:
-            return _error(503, "loading", None)
+            return _error(503, "loading")
         request = _engine_request(thread.engine, body)
-        completion = await thread.answer(request)
+        completion = await _unless_disconnected(thread.answer(request), http)
+        if completion is None:
+            return _error(499, "the client has gone")
         return _chat_response(config.name, completion, body.return_token_ids)
 
     return app
 
 
+async def _unless_disconnected(
+    answer: Coroutine[Any, Any, Completion], http: fastapi.Request
+) -> Completion | None:
+    """The answer; None if the client leaves first, and then nobody works on it any longer."""
+
+    async def until_disconnected() -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+
+    answering = asyncio.ensure_future(answer)
+    leaving = asyncio.ensure_future(until_disconnected())
+    try:
+        await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        return answering.result() if answering.done() else None
+    finally:
+        leaving.cancel()
+        answering.cancel()
+
+
 def _engine_request(engine: Engine, body: ChatRequest) -> Request:
     for name, value in (body.model_extra or {}).items():
         if name in _NOT_OFFERED and value is not None and value != _NOT_OFFERED[name]:
-            raise BadRequest(f"{name}: {value!r} is not supported", name)
-    messages = [{"role": message.role, "content": message.content} for message in body.messages]
+            raise BadRequestError(f"{name}: {value!r} is not supported", name)
     try:
-        tokens = tuple(tokenizer.prompt_ids(engine.tokenizer, messages))
+        tokens = tuple(
+            tokenizer.prompt_ids(
+                engine.tokenizer,
+                [{"role": message.role, "content": message.content} for message in body.messages],
+            )
+        )
     except ConfigError as error:
-        raise BadRequest(str(error), "messages") from None
+        raise BadRequestError(f"messages: {error}", "messages") from None
     room = engine.config.cache_length - len(tokens)
-    asked = body.max_completion_tokens or body.max_tokens
     request = Request(
         tokens=tokens,
-        max_tokens=asked if asked is not None else max(room, 1),
+        max_tokens=body.max_completion_tokens or body.max_tokens or max(room, 1),
         temperature=body.temperature,
         top_p=body.top_p,
-        seed=body.seed if body.seed is not None else secrets.randbits(32),
-        stop=_stop_texts(body.stop),
+        seed=secrets.randbits(32) if body.seed is None else body.seed,
+        stop=tuple(body.stop or ()),
     )
     try:
         engine.check(request)
     except ValueError as error:
-        raise BadRequest(str(error), "messages") from None
+        raise BadRequestError(f"messages: {error}", "messages") from None
     return request
-
-
-def _stop_texts(stop: list[str] | str | None) -> tuple[str, ...]:
-    texts = (stop,) if isinstance(stop, str) else tuple(stop or ())
-    if "" in texts:
-        raise BadRequest("stop: an empty text would end every answer at once", "stop")
-    return texts
 
 
 def _chat_response(name: str, completion: Completion, with_token_ids: bool) -> dict[str, Any]:
@@ -208,7 +268,7 @@ def _chat_response(name: str, completion: Completion, with_token_ids: bool) -> d
     return {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
         "object": "chat.completion",
-        "created": 0,
+        "created": int(time.time()),
         "model": name,
         "choices": [choice],
         "usage": {
@@ -219,7 +279,7 @@ def _chat_response(name: str, completion: Completion, with_token_ids: bool) -> d
     }
 
 
-def _error(status: int, message: str, param: str | None) -> JSONResponse:
+def _error(status: int, message: str, param: str | None = None) -> JSONResponse:
     kind = "invalid_request_error" if status < 500 else "server_error"
     error = {"message": message, "type": kind, "param": param, "code": None}
     return JSONResponse({"error": error}, status_code=status)
@@ -240,17 +300,3 @@ def run(config: ServiceConfig, listener: socket.socket) -> None:
     """Serves on a bound socket until SIGINT or SIGTERM."""
     server = uvicorn.Server(uvicorn.Config(create_app(config), log_level="warning", lifespan="off"))
     server.run(sockets=[listener])
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes a free one. Raises ConfigError when the address is not to be had."""
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as error:
-        listener.close()
-        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from None
-    listener.listen(1024)
-    listener.set_inheritable(True)
-    return listener

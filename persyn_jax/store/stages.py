@@ -15,8 +15,8 @@ class Fingerprints:
 
     inputs: dict[str, str]
     """Fingerprint of each input, by name."""
-    config: str
-    """`config.fingerprint` of the config section that the stage reads."""
+    config: dict[str, str]
+    """The part of the config that the stage reads: value, as JSON, by dotted key."""
     source: str
     """`provenance.source_fingerprint` of the module that the stage runs."""
 
@@ -27,7 +27,7 @@ class Manifest:
 
     stage: str
     inputs: dict[str, str]
-    config: str
+    config: dict[str, str]
     source: str
     outputs: dict[str, str]
     """Hex SHA-256 of each output file, by its path inside the run folder."""
@@ -124,15 +124,18 @@ def _files(folder: Path, outputs: list[str]) -> list[str]:
 
 
 def _changed_fingerprints(manifest: Manifest, now: Fingerprints) -> list[str]:
-    before = {f"input {name}": value for name, value in manifest.inputs.items()}
-    before |= {"config": manifest.config, "source": manifest.source}
-    after = {f"input {name}": value for name, value in now.inputs.items()}
-    after |= {"config": now.config, "source": now.source}
+    before, after = _by_name(manifest), _by_name(now)
     return [
         f"{name} changed ({before.get(name, 'none')} -> {after.get(name, 'none')})"
         for name in before | after
         if before.get(name) != after.get(name)
     ]
+
+
+def _by_name(of: Manifest | Fingerprints) -> dict[str, str]:
+    inputs = {f"input {name}": value for name, value in of.inputs.items()}
+    config = {f"config {key}": value for key, value in of.config.items()}
+    return inputs | config | {"source": of.source}
 
 
 def _changed_outputs(folder: Path, manifest: Manifest) -> list[str]:

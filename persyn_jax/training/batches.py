@@ -5,6 +5,7 @@ A plan is data, so resuming needs nothing but the number of the step.
 
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 
 from persyn_jax.models import rows
@@ -17,25 +18,29 @@ Row = list[int]
 Plan = list[list[list[Row]]]
 """plan[step][worker]: the rows of that worker's batch."""
 
+_OPEN_ROWS = 64  # rows that packing still looks at: its time stays linear in the number of examples
+
 
 def make_plan(
     examples: Sequence[Conversation], config: TrainConfig, workers: int, seed: int
 ) -> Plan:
-    """Deals the examples to workers once, then shuffles and packs each worker's share anew every epoch.
+    """Deals the examples to workers once; every epoch shuffles and packs each worker's share anew.
 
-    In an epoch every example is seen exactly once, by one worker. Workers take the same number of steps: a worker whose
-    share packs into fewer rows ends its epoch with empty ones (no tokens, zero gradient).
-    Raises ValueError naming the first example that does not fit in a row.
+    In an epoch every example is seen exactly once, by one worker. Workers take the same number of
+    steps: one whose share packs into fewer rows ends its epoch with empty ones (no tokens, so a
+    zero gradient: its momentum alone moves it). An epoch depends on the seed and its number, not on
+    how many epochs there are.
+
+    Raises ValueError: an example that does not fit in a row, fewer examples than workers.
     """
     for index, example in enumerate(examples):
-        if (
-            example.length > config.row_tokens
-            or len(example.response) > config.row_response_tokens
-        ):
+        if example.length > config.row_tokens or len(example.response) > config.row_response_tokens:
             raise ValueError(
-                f"example {index} has {example.length} tokens ({len(example.response)} of them response); "
-                f"a row holds {config.row_tokens} ({config.row_response_tokens})"
+                f"example {index} has {example.length} tokens, {len(example.response)} of them "
+                f"response; a row holds {config.row_tokens} and {config.row_response_tokens}"
             )
+    if len(examples) < workers:
+        raise ValueError(f"{len(examples)} examples for {workers} workers: each needs at least one")
     dealt = numpy_stream(seed, "deal examples").permutation(len(examples))
     plan: Plan = []
     for epoch in range(config.epochs):
@@ -52,12 +57,16 @@ def make_plan(
 
 
 def first_fit(examples: Sequence[Conversation], order: list[int], config: TrainConfig) -> list[Row]:
-    """Packs the examples of `order`, one after the other, each into the first row that has room for it."""
+    """Packs the examples of `order` one after the other, each into the first row with room for it.
+
+    Room is looked for in the newest rows only. An example longer than a row gets one of its own.
+    """
     packed: list[Row] = []
     room: list[tuple[int, int]] = []  # tokens and response tokens left in each row
     for index in order:
         length, response = examples[index].length, len(examples[index].response)
-        for place, (tokens, responses) in enumerate(room):
+        for place in range(max(0, len(packed) - _OPEN_ROWS), len(packed)):
+            tokens, responses = room[place]
             if length <= tokens and response <= responses:
                 break
         else:
@@ -79,14 +88,14 @@ def batch_rows(examples: Sequence[Conversation], own: list[Row], config: TrainCo
     return rows.pack(conversations, config.row_tokens, config.row_response_tokens)
 
 
-def stack_workers(batches: Sequence) -> Rows:
+def stack_workers(batches: Sequence[Rows]) -> Rows:
     """One batch a worker -> one batch of all workers: each leaf [...] becomes [W, ...]."""
-    import jax
-
     return jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
 
 
-def hold_out(examples: Sequence[Conversation], count: int, seed: int) -> tuple[list[int], list[int]]:
+def hold_out(
+    examples: Sequence[Conversation], count: int, seed: int
+) -> tuple[list[int], list[int]]:
     """(indices to train on, indices held out), both in order; at most half is held out."""
     count = min(count, len(examples) // 2)
     held_out = set(numpy_stream(seed, "hold out").permutation(len(examples))[:count].tolist())

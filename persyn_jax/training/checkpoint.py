@@ -1,6 +1,8 @@
-"""Checkpoints of all workers: orbax writes and reads the arrays, a hash manifest of ours says whether they are intact.
+"""Checkpoints of all workers: orbax writes and reads the arrays, a hash manifest says if they are
+intact.
 
-Orbax gives atomicity but restores flipped bits silently, so a checkpoint without a matching manifest is not used.
+Orbax is atomic but restores flipped bits in silence, so a checkpoint that its manifest does not
+vouch for is not used. The manifest is written last: a checkpoint without one never counts.
 """
 
 import hashlib
@@ -9,59 +11,56 @@ import logging
 import shutil
 from pathlib import Path
 
-import jax
-
 from persyn_jax.training.step import TrainState
 
 logger = logging.getLogger(__name__)
 
-_KEPT = 2  # the newest and one to fall back to
+_KEPT = 2  # the newest, and one to fall back to
 
 
 def save(folder: Path, step: int, state: TrainState) -> None:
-    """Writes `folder/step` (state after `step` steps), then its manifest, then removes all but the newest two."""
+    """Writes `folder/step`, the state after `step` steps; then removes all but the newest two."""
     import orbax.checkpoint as ocp
 
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{step:08d}"
-    shutil.rmtree(target, ignore_errors=True)
     _manifest(target).unlink(missing_ok=True)
+    shutil.rmtree(target, ignore_errors=True)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(target.resolve(), state)
     partial = _manifest(target).with_suffix(".partial")
     partial.write_text(json.dumps(_hashes(target)))
     partial.rename(_manifest(target))
-    for _, old in _steps(folder)[:-_KEPT]:
-        _manifest(old).unlink(missing_ok=True)
+    for _, old in _finished(folder)[:-_KEPT]:
+        _manifest(old).unlink()
         shutil.rmtree(old)
 
 
 def restore_newest(folder: Path, like: TrainState) -> tuple[int, TrainState] | None:
-    """The newest intact checkpoint as (steps taken, state placed like `like`); None if there is no checkpoint.
+    """The newest intact checkpoint as (steps taken, state); None if there is no checkpoint.
 
-    like: a state of the same shapes, whose shardings are taken over (its values are not read).
-    A damaged checkpoint is passed over with a warning that names the file. Raises RuntimeError when checkpoints are there
+    like: the state's shapes, dtypes and shardings (`step.placed_shapes`). A damaged checkpoint is
+    passed over with a warning that names the file. Raises RuntimeError when there are checkpoints
     and none is intact: training never starts afresh in silence.
     """
     import orbax.checkpoint as ocp
 
-    candidates = _steps(folder)
-    for step, path in reversed(candidates):
+    checkpoints = _finished(folder)
+    for step, path in reversed(checkpoints):
         if damage := _damage(path):
             logger.warning("checkpoint passed over: %s", damage)
             continue
-        abstract = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), like
-        )
         with ocp.StandardCheckpointer() as checkpointer:
-            return step, checkpointer.restore(path.resolve(), abstract)
-    if candidates:
-        raise RuntimeError(f"{folder}: holds checkpoints and none is intact; remove it to start afresh")
+            return step, checkpointer.restore(path.resolve(), like)
+    if checkpoints:
+        raise RuntimeError(
+            f"{folder}: holds checkpoints and none is intact; remove it to start afresh"
+        )
     return None
 
 
-def _steps(folder: Path) -> list[tuple[int, Path]]:
-    """Finished checkpoints, oldest first. One that was cut off while being written has no manifest and is none."""
+def _finished(folder: Path) -> list[tuple[int, Path]]:
+    """(step, path) of every checkpoint with a manifest, oldest first."""
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if path.name.isdigit() and _manifest(path).exists()]
@@ -73,6 +72,7 @@ def _manifest(checkpoint: Path) -> Path:
 
 
 def _hashes(checkpoint: Path) -> dict[str, str]:
+    """Hex SHA-256 of every file of the checkpoint, by its path inside."""
     hashes = {}
     for file in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
         with file.open("rb") as opened:
@@ -84,7 +84,7 @@ def _hashes(checkpoint: Path) -> dict[str, str]:
 def _damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
-        expected = json.loads(_manifest(checkpoint).read_text())
+        expected = json.loads(_manifest(checkpoint).read_bytes())
     except ValueError:
         return f"{_manifest(checkpoint)} is not readable"
     found = _hashes(checkpoint)

@@ -1,7 +1,7 @@
 """The training loop: a generator that takes steps; who consumes it logs, measures and saves."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -11,16 +11,17 @@ from jax.sharding import Mesh
 from persyn_jax import mesh as meshes
 from persyn_jax.gossip import Schedule
 from persyn_jax.training.config import OptimiserConfig
-from persyn_jax.training.step import StepMetrics, TrainState
+from persyn_jax.training.step import StepMetrics, TrainState, TrainStep
 
 
 def make_optimiser(config: OptimiserConfig, steps: int) -> optax.GradientTransformation:
     """AdamW for a run of `steps` steps."""
+    warmup_steps = max(1, round(config.warmup_fraction * steps))
     learning_rate = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=config.learning_rate,
-        warmup_steps=max(1, round(config.warmup_fraction * steps)),
-        decay_steps=max(2, steps),
+        warmup_steps=warmup_steps,
+        decay_steps=max(warmup_steps + 1, steps),
     )
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
@@ -28,31 +29,52 @@ def make_optimiser(config: OptimiserConfig, steps: int) -> optax.GradientTransfo
     )
 
 
+class Taken(NamedTuple):
+    """A step that has been taken."""
+
+    number: int
+    state: TrainState
+    """After it; donated, so gone, when the next step is asked for."""
+    metrics: StepMetrics
+    """NumPy, [W]."""
+
+
 def run_steps(
-    step: Callable[[TrainState, Any, Any], tuple[TrainState, StepMetrics]],
+    step: TrainStep,
     state: TrainState,
     batch_at: Callable[[int], Any],
     schedule: Schedule,
-    steps: range,
+    numbers: range,
     mesh: Mesh,
-) -> Iterator[tuple[int, TrainState, StepMetrics]]:
-    """Takes `steps` (absolute numbers) from `state`; yields (number, state after it, metrics as NumPy [W]).
+) -> Iterator[Taken]:
+    """Takes the steps of these absolute numbers, from `state`, which is donated.
 
-    batch_at(number) is the batch of all workers, [W, ...]. The state yielded is given up when the next step is asked for:
-    it is donated. Raises FloatingPointError as soon as a worker's loss is not finite.
+    step: of all workers, from `on_mesh`. batch_at: number -> batch of all workers, [W, ...].
+    Raises FloatingPointError as soon as a worker's loss or gradient is not finite. The rule has
+    kept the others clean (see `gossip.gosgd`), but that worker's optimiser state is spoilt.
     """
-    for number in steps:
+    for number in numbers:
         batch = jax.device_put(batch_at(number), meshes.per_worker(mesh))
         round = jax.device_put(schedule.round(number), meshes.replicated(mesh))
         state, metrics = step(state, batch, round)
         metrics = jax.tree.map(np.asarray, metrics)
-        if not np.isfinite(metrics.loss).all():
-            raise FloatingPointError(f"step {number}: loss by worker is {metrics.loss.tolist()}")
-        yield number, state, metrics
+        if not np.isfinite([metrics.loss, metrics.gradient_norm]).all():
+            raise FloatingPointError(
+                f"training step {number}: not finite: loss by worker {metrics.loss.tolist()}, "
+                f"gradient norm by worker {metrics.gradient_norm.tolist()}"
+            )
+        yield Taken(number, state, metrics)
 
 
 def uniform_mean(stacked: Any) -> Any:
-    """The paper's model: the uniform mean of the workers (GoSGD, Algorithm 1, line 11), as NumPy in the leaves' dtype."""
-    return jax.tree.map(
-        lambda leaf: np.asarray(leaf).mean(axis=0, dtype=np.float64).astype(leaf.dtype), stacked
-    )
+    """The paper's model: the uniform mean of the workers (GoSGD, Algorithm 1, line 11).
+
+    stacked: leaves [W, ...]. The mean is taken in float64; leaves are NumPy of their own dtype.
+    """
+
+    def mean(leaf):
+        # Shard by shard: an array that is asked for as a whole keeps the copy that it hands out.
+        rows_W = np.concatenate([np.asarray(shard.data) for shard in leaf.addressable_shards])
+        return rows_W.mean(axis=0, dtype=np.float64).astype(leaf.dtype)
+
+    return jax.tree.map(mean, stacked)

@@ -5,26 +5,30 @@
 is pure and unaware of how workers are laid out, apart from the axis name inside `mixing`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from persyn_jax import mesh as meshes
 from persyn_jax.gossip import MixingTransformation, Round
+from persyn_jax.gossip.base import Array
 
 LossFunction = Callable[[Any, Any], tuple[jax.Array, jax.Array]]
-"""(params, batch) -> (mean loss, weight)"""
+"""(params, batch) -> (mean loss, weight behind it)"""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """Everything that training carries from step to step; arrays only. Of all workers: each leaf leads with axis W."""
+    """Everything that training carries from step to step; arrays only.
+
+    Of one worker; of all workers, each leaf leads with axis W.
+    """
 
     params: Any
     opt_state: Any
@@ -32,74 +36,90 @@ class TrainState:
 
 
 class StepMetrics(NamedTuple):
-    """What one worker reports of one step. Of all workers: each leaf is [W]."""
+    """What a worker reports of one step: scalars; of all workers, [W]."""
 
-    loss: jax.Array
-    weight: jax.Array
-    """Response tokens (or pairs) the loss was averaged over."""
-    gradient_norm: jax.Array
+    loss: Array
+    weight: Array
+    """Response tokens (or pairs) that the loss is the mean of."""
+    gradient_norm: Array
+    """Before clipping."""
 
 
 TrainStep = Callable[[TrainState, Any, Round], tuple[TrainState, StepMetrics]]
 
 
 def init_state(
-    params: Any, optimizer: optax.GradientTransformation, mixing: MixingTransformation
+    params: Any, optimiser: optax.GradientTransformation, mixing: MixingTransformation
 ) -> TrainState:
     """The state of one worker."""
-    return TrainState(params, optimizer.init(params), mixing.init(params))
+    return TrainState(params, optimiser.init(params), mixing.init(params))
 
 
 def make_train_step(
     loss_function: LossFunction,
-    optimizer: optax.GradientTransformation,
+    optimiser: optax.GradientTransformation,
     mixing: MixingTransformation,
 ) -> TrainStep:
-    """One worker's step: gradient where the mixing rule wants it taken, optimiser, then update and mix."""
+    """One worker's step: the gradient where the mixing rule wants it, then update and mix."""
 
-    def train_step(state: TrainState, batch: Any, round: Round):
+    def train_step(state: TrainState, batch: Any, round: Round) -> tuple[TrainState, StepMetrics]:
         at = mixing.evaluate_at(state.params, state.mix_state)
         (loss, weight), gradients = jax.value_and_grad(loss_function, has_aux=True)(at, batch)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, at)
+        updates, opt_state = optimiser.update(gradients, state.opt_state, at)
         params, mix_state = mixing.update(updates, state.mix_state, state.params, round)
-        metrics = StepMetrics(loss, weight, optax.global_norm(gradients))
+        metrics = StepMetrics(loss, weight, optax.tree.norm(gradients))
         return TrainState(params, opt_state, mix_state), metrics
 
     return train_step
 
 
-def on_mesh(function: Callable, mesh: Mesh, replicated: int = 0, donate: bool = False) -> Callable:
+def on_mesh(
+    function: Callable, mesh: Mesh, in_axes: Sequence[int | None], donate: bool = False
+) -> jax.stages.Wrapped:
     """`function` of one worker, run by every worker of the mesh at once, compiled.
 
-    Arguments and results get a leading axis W sharded over the workers; the last `replicated` arguments are given to all
-    workers alike. donate: the first argument's memory is reused for the result.
+    With a device a worker it is what `jax.vmap(function, in_axes, axis_name=WORKER)` is on one.
+    in_axes: 0 for an argument whose leaves lead with axis W, None for one that all workers share.
+    donate: the first argument's memory is reused for the result. Results lead with axis W.
     """
-    row, whole = PartitionSpec(meshes.WORKER), PartitionSpec()
+    row, whole = meshes.per_worker(mesh), meshes.replicated(mesh)
 
-    def all_workers(*arguments):
-        own = arguments[: len(arguments) - replicated]
-        shared = arguments[len(arguments) - replicated :]
-        specs = (row,) * len(own) + (whole,) * len(shared)
+    def one_worker(*arguments):
+        own = [
+            argument if axis is None else jax.tree.map(lambda leaf: leaf[0], argument)
+            for argument, axis in zip(arguments, in_axes, strict=True)
+        ]
+        return jax.tree.map(lambda leaf: jnp.expand_dims(leaf, 0), function(*own))
 
-        def one_worker(*arguments):
-            own = jax.tree.map(lambda a: a[0], arguments[: len(arguments) - replicated])
-            result = function(*own, *arguments[len(arguments) - replicated :])
-            return jax.tree.map(lambda a: jnp.expand_dims(a, 0), result)
+    all_workers = jax.shard_map(
+        one_worker,
+        mesh=mesh,
+        in_specs=tuple(whole.spec if axis is None else row.spec for axis in in_axes),
+        out_specs=row.spec,
+    )
+    return jax.jit(all_workers, out_shardings=row, donate_argnums=(0,) if donate else ())
 
-        mapped = jax.shard_map(one_worker, mesh=mesh, in_specs=specs, out_specs=row)
-        return mapped(*own, *shared)
 
-    return jax.jit(all_workers, donate_argnums=(0,) if donate else ())
+def compiled_programs(function: jax.stages.Wrapped) -> int:
+    """How many programs a function from `on_mesh` has compiled so far."""
+    return function._cache_size()  # pyrefly: ignore[missing-attribute]  JAX has no public name
 
 
 def stack_on_mesh(tree: Any, mesh: Mesh) -> Any:
-    """Every worker starts from `tree`: each leaf [...] becomes [W, ...], one copy a worker and none more."""
-    workers = mesh.shape[meshes.WORKER]
-    sharding = meshes.per_worker(mesh)
+    """Every worker starts from `tree`: each leaf [...] becomes [W, ...], one copy a worker."""
+    workers, sharding = mesh.shape[meshes.WORKER], meshes.per_worker(mesh)
 
     def place(leaf):
-        leaf = jnp.asarray(leaf)[None]
-        shards = [jax.device_put(leaf, device) for device in mesh.devices.flat]
-        return jax.make_array_from_single_device_arrays((workers, *leaf.shape[1:]), sharding, shards)
+        row = jnp.asarray(leaf)[None]
+        shards = [jax.device_put(row, device) for device in mesh.devices.flat]
+        shape = (workers, *row.shape[1:])
+        return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
     return jax.tree.map(place, tree)
+
+
+def placed_shapes(tree: Any, sharding: NamedSharding) -> Any:
+    """`tree`'s shapes and dtypes as they lie under `sharding`, with no memory behind them."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
+    )

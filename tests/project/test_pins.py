@@ -44,6 +44,13 @@ def versions(requirements: set[Requirement], **environment: str) -> dict[str, st
     }
 
 
+OVERRIDDEN = {
+    canonicalize_name(Requirement(line).name)
+    for line in PROJECT["tool"]["uv"]["override-dependencies"]
+}
+"""Asked for by a dependency and never installed: pyproject.toml says why."""
+
+
 def closure(requirements: list[str]) -> set[str]:
     """Every distribution that the installed metadata ask for, from `requirements` down."""
     seen = set()
@@ -53,6 +60,8 @@ def closure(requirements: list[str]) -> set[str]:
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": extra}):
             continue
         name = canonicalize_name(requirement.name)
+        if name in OVERRIDDEN:
+            continue
         for wanted in {"", *requirement.extras}:
             if (name, wanted) not in seen:
                 seen.add((name, wanted))

@@ -1,5 +1,6 @@
 """Run folders: the lock, atomic files, torn metrics, and every state of a stage manifest."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -140,7 +141,9 @@ def test_damage_inside_metrics_is_named_by_line(tmp_path):
         store.truncate_metrics(path, "train_student", step=0)
 
 
-FINGERPRINTS = Fingerprints(inputs={"prompts": "aa", "answers": "bb"}, config="cc", source="dd")
+FINGERPRINTS = Fingerprints(
+    inputs={"prompts": "aa", "answers": "bb"}, config={"router.steps": "40"}, source="dd"
+)
 
 
 @pytest.fixture
@@ -186,7 +189,8 @@ def test_a_finished_stage_gives_its_manifest_back(folder):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"config": "c2"}, r"config changed \(cc -> c2\)"),
+        ({"config": {"router.steps": "50"}}, r"config router\.steps changed \(40 -> 50\)"),
+        ({"config": {}}, r"config router\.steps changed \(40 -> none\)"),
         ({"source": "d2"}, r"source changed \(dd -> d2\)"),
         ({"inputs": {"prompts": "a2", "answers": "bb"}}, r"input prompts changed \(aa -> a2\)"),
         ({"inputs": {"prompts": "aa"}}, r"input answers changed \(bb -> none\)"),
@@ -197,7 +201,7 @@ def test_a_finished_stage_gives_its_manifest_back(folder):
     ],
 )
 def test_a_changed_fingerprint_is_named(folder, changed, message):
-    now = Fingerprints(**{"inputs": FINGERPRINTS.inputs, "config": "cc", "source": "dd"} | changed)
+    now = dataclasses.replace(FINGERPRINTS, **changed)
     with pytest.raises(ConfigError, match=rf"stage route is finished, but {message}\. --overwrite"):
         store.finished(folder, "route", now)
 

@@ -1,0 +1,90 @@
+"""The coefficient head and the router's folder."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from persyn_jax.config import ConfigError
+from persyn_jax.models import router
+
+TEACHERS = ["plain", "shown", "terse"]
+RNG = np.random.default_rng(0)
+HEAD = {
+    "kernel": RNG.normal(size=(3, 8)).astype(np.float32),
+    "bias": RNG.normal(size=3).astype(np.float32),
+}
+STATE_ND = RNG.normal(size=(5, 8)).astype(np.float32)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    router.save_router(tmp_path / "router", HEAD, TEACHERS, "random:tiny", STATE_ND)
+    return tmp_path / "router"
+
+
+def test_a_coefficient_is_linear_in_the_state():
+    expected = STATE_ND.astype(np.float64) @ HEAD["kernel"].T + HEAD["bias"]
+    np.testing.assert_allclose(router.coefficients(HEAD, STATE_ND), expected, atol=1e-5)
+
+
+def test_an_untrained_head_prefers_nobody():
+    head = router.init_head(teachers=3, d_model=8)
+    assert {name: array.shape for name, array in head.items()} == {"kernel": (3, 8), "bias": (3,)}
+    np.testing.assert_array_equal(router.coefficients(head, STATE_ND), np.zeros((5, 3)))
+
+
+def test_round_trip_is_bitwise(folder):
+    head, teachers, state_ND = router.load_router(folder)
+    assert teachers == TEACHERS
+    assert head.keys() == HEAD.keys()
+    for name, array in HEAD.items():
+        np.testing.assert_array_equal(head[name], array)
+    np.testing.assert_array_equal(state_ND, STATE_ND)
+
+
+def remove(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def cut(name):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-3])
+
+
+def other_teachers(folder):
+    (folder / "router.json").write_text(json.dumps({"teachers": ["only"]}))
+
+
+def no_bias(folder):
+    save_file({"kernel": HEAD["kernel"]}, folder / "head.safetensors")
+
+
+def flat_kernel(folder):
+    save_file(HEAD | {"kernel": HEAD["bias"]}, folder / "head.safetensors")
+
+
+def narrow_states(folder):
+    save_file({"states": STATE_ND[:, :4].copy()}, folder / "calibration_states.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (remove("router.json"), "router.json"),
+        (cut("router.json"), "router.json"),
+        (remove("head.safetensors"), "head.safetensors"),
+        (cut("head.safetensors"), "head.safetensors"),
+        (no_bias, "head.safetensors.*bias"),
+        (cut("calibration_states.safetensors"), "calibration_states.safetensors"),
+        (other_teachers, r"kernel \(3, 8\).*for 1 teachers"),
+        (flat_kernel, r"kernel \(3,\)"),
+        (narrow_states, r"states \(5, 4\)"),
+    ],
+)
+def test_a_damaged_router_is_named(folder, damage, named):
+    damage(folder)
+    with pytest.raises(ConfigError, match=named) as caught:
+        router.load_router(folder)
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
