@@ -44,7 +44,8 @@ class Answer:
     sample_index: int
     text: str
     finish_reason: str
-    """`stop` (the teacher ended it), `length` (cut off), or `error` (the endpoint failed)."""
+    """`stop` (the teacher ended it), `length` (cut off), `error` (the endpoint failed), or another
+    word of the endpoint's; only an answer that ended by `stop` is usable."""
     prompt_tokens: int
     completion_tokens: int
     usd: float | None

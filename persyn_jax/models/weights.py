@@ -124,25 +124,17 @@ def _gguf_params(file: gguf.GgufFile, config: DecoderConfig) -> Params:
 
 
 def _folder_params(folder: Path, config: DecoderConfig) -> Params:
-    from safetensors import SafetensorError, safe_open
-
     tensors: dict[str, np.ndarray] = {}
     for file in weight_files(folder):
-        try:
-            with safe_open(file, framework="np") as opened:
-                names = opened.keys()
-                tensors |= {name: opened.get_tensor(name) for name in names}
-        except (SafetensorError, OSError) as error:
-            raise ConfigError(f"{file}: not a safetensors file: {error}") from None
+        tensors |= _read_safetensors(file)
 
     def read(name: str, shape: tuple[int, ...]) -> np.ndarray:
         if name not in tensors:
             raise ConfigError(f"{folder}: tensor {name!r} is missing")
         array = tensors.pop(name)
-        if array.shape != shape or array.dtype.name not in ("float32", "float16", "bfloat16"):
+        if array.shape != shape:
             raise ConfigError(
-                f"{folder}: tensor {name!r} is {array.dtype.name} {array.shape}, "
-                f"expected floats {shape}"
+                f"{folder}: tensor {name!r} has shape {array.shape}, expected {shape}"
             )
         return array.astype(np.float32, copy=False)
 
@@ -150,6 +142,24 @@ def _folder_params(folder: Path, config: DecoderConfig) -> Params:
     repeated = {"lm_head.weight"} if config.tied_embeddings else set()
     needed = {name for name in tensors if not name.endswith("rotary_emb.inv_freq")} - repeated
     return _assemble(folder, config, _FOLDER_NAMES, needed, read)
+
+
+def _read_safetensors(file: Path) -> dict[str, np.ndarray]:
+    from safetensors import SafetensorError, safe_open
+
+    tensors = {}
+    try:
+        with safe_open(file, framework="np") as opened:
+            names = opened.keys()
+            for name in names:
+                if (dtype := opened.get_slice(name).get_dtype()) not in ("F32", "F16", "BF16"):
+                    raise ConfigError(
+                        f"{file}: tensor {name!r} is {dtype}; F32, F16 and BF16 are supported"
+                    )
+                tensors[name] = opened.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{file}: not a safetensors file: {error}") from None
+    return tensors
 
 
 def _assemble(

@@ -109,7 +109,7 @@ def _teacher(records: RunRecords, teacher: str) -> dict[str, Any]:
 def _fate(answer: Answer) -> str:
     if answer.usable:
         return "usable"
-    return {"error": "failed", "length": "truncated"}.get(answer.finish_reason, "empty")
+    return {"stop": "empty", "length": "truncated"}.get(answer.finish_reason, "failed")
 
 
 def _strictly_best_share(rewards: list[Reward], teacher: str) -> float | None:

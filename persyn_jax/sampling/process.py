@@ -140,7 +140,10 @@ def _end_with_parent() -> None:
 
 def main() -> None:
     """The child: reads its config, then serves on the inherited socket."""
-    config = validate(ServiceConfig, json.loads(sys.stdin.readline()), where="service")
+    line = sys.stdin.readline()
+    if not line:
+        return  # the parent ended before it said anything
+    config = validate(ServiceConfig, json.loads(line), where="service")
     threading.Thread(target=_end_with_parent, daemon=True).start()
     from persyn_jax.sampling.service import run
 

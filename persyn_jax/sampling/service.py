@@ -172,7 +172,7 @@ def create_app(config: ServiceConfig) -> fastapi.FastAPI:
         first = error.errors()[0]
         if first["type"] == "json_invalid":
             return _error(400, "the body is not valid JSON")
-        field = ".".join(str(part) for part in first["loc"][1:])
+        field = ".".join(str(part) for part in first["loc"][1:]) or "body"
         return _error(400, f"{field}: {first['msg']}", field)
 
     @app.exception_handler(HTTPException)

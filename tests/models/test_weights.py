@@ -128,6 +128,13 @@ def cut_weights(folder):
     (folder / "model.safetensors").write_bytes(data[:-1])
 
 
+def eight_bit_floats(folder):
+    header = {NORM: {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}
+    data = json.dumps(header).encode()
+    path = folder / "model.safetensors"
+    path.write_bytes(len(data).to_bytes(8, "little") + data + bytes(4))
+
+
 NORM = "model.norm.weight"
 
 
@@ -150,7 +157,7 @@ NORM = "model.norm.weight"
         (change_config(rope_parameters=None, rope_scaling={"type": "yarn"}), r"rope scaling"),
         (change_config(rope_parameters=7), r"rope scaling 7"),
         (change_config(rope_parameters=None, rope_theta=10**400), r"rope_theta is 1"),
-        (change_config(vocab_size=300), r"'model\.embed_tokens\.weight' is float32 \(259, 24\)"),
+        (change_config(vocab_size=300), r"'model\.embed_tokens\.weight' has shape \(259, 24\)"),
         (change_config(intermediate_size=41), r"'model\.layers\.0\.mlp\.down_proj\.weight'"),
         (change_config(num_hidden_layers=1), r"'model\.layers\.1\..*' has no place"),
         (change_config(tie_word_embeddings=False), r"'lm_head\.weight' is missing"),
@@ -161,16 +168,17 @@ NORM = "model.norm.weight"
         (change_tensors(lambda t: t.pop(NORM)), r"tensor 'model\.norm\.weight' is missing"),
         (
             change_tensors(lambda t: t.update({NORM: t[NORM][:-1]})),
-            r"'model\.norm\.weight' is float32 \(23,\), expected floats \(24,\)",
+            r"'model\.norm\.weight' has shape \(23,\), expected \(24,\)",
         ),
         (
             change_tensors(lambda t: t.update({NORM: t[NORM].astype(np.int8)})),
-            r"'model\.norm\.weight' is int8",
+            r"model\.safetensors: tensor 'model\.norm\.weight' is I8; F32, F16 and BF16",
         ),
         (
             change_tensors(lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": t[NORM]})),
             r"'model\.layers\.0\.self_attn\.q_proj\.bias' has no place",
         ),
+        (eight_bit_floats, r"model\.safetensors: tensor 'model\.norm\.weight' is F8_E4M3"),
         (remove("tokenizer.json"), r"no usable tokenizer"),
         (write("tokenizer.json", b'{"version": "1.0"}'), r"no usable tokenizer"),
         (write("tokenizer_config.json", b"{"), r"no usable tokenizer"),

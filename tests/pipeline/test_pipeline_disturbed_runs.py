@@ -38,6 +38,7 @@ def test_the_stages_as_scripts_of_their_own_give_the_same_run(place, finished_ru
 def test_killed_in_generate_and_in_training_a_run_ends_like_an_undisturbed_one(
     place, finished_run, monkeypatch, capfd
 ):
+    """On the way a second run is refused, and a damaged checkpoint passed over."""
     undisturbed = stored_answers(finished_run.place.answers)
     calibrated = CALIBRATION * TEACHERS
 
@@ -54,18 +55,22 @@ def test_killed_in_generate_and_in_training_a_run_ends_like_an_undisturbed_one(
     committed = stored_answers(place.answers)
     assert calibrated + 3 <= len(committed) < len(undisturbed), "killed in generate"
 
-    place.kill_when(place.start("run_persyn.py"), lambda: len(student_rows(place.run)) >= 6)
+    place.kill_when(place.start("run_persyn.py"), lambda: len(student_rows(place.run)) >= 10)
     after = stored_answers(place.answers)
     assert {key: after[key] for key in committed} == committed, "none lost, none asked again"
     assert set(after) == set(undisturbed)
     rows = student_rows(place.run)
-    assert 6 <= len(rows) < len(student_rows(finished_run.place.run)), "killed in training"
+    assert 10 <= len(rows) < len(student_rows(finished_run.place.run)), "killed in training"
 
+    older, newest = sorted((place.run / "checkpoints").glob("*/*.sha256.json"))
+    damaged = next(newest.with_name(newest.name.split(".")[0]).rglob("_METADATA"))
+    damaged.write_text("{}")
     third = place.finish("run_persyn.py")
     assert third.code == 0, third.stderr
     (resumed,) = re.findall(r"training from step (\d+) to", third.stderr)
-    assert 4 <= int(resumed) <= len(rows)
-    assert int(resumed) % 4 == 0
+    assert int(resumed) == int(older.name.split(".")[0])
+    relative = damaged.relative_to(place.folder)
+    assert f"checkpoint passed over: {relative} is not what was written" in third.stderr
     assert_same_results(place, finished_run.place)
     assert stored_answers(place.answers) == after
     assert list((place.run / "checkpoints").iterdir()) == []

@@ -21,6 +21,7 @@ from persyn_jax import config, store
 from persyn_jax.models import weights
 from persyn_jax.models.spec import ModelConfig
 from persyn_jax.pipeline.config import RunConfig
+from persyn_jax.pipeline.tokens import conversations
 from persyn_jax.records import Answer, Example, Prompt, Reward, Route, Score
 
 
@@ -127,6 +128,23 @@ def test_every_worker_trained_on_data_of_its_own_and_learned(run, report):
     assert (both[:, 0] != both[:, 1]).all()
     held_out = report["student"]["held_out_loss"]
     assert held_out["last"] < held_out["first"]
+
+
+def test_training_takes_every_example_that_is_not_held_out_once_an_epoch(run):
+    config = small_config()
+    answers = [a for a in store.read_records(run / "answers.parquet", Answer) if a.usable]
+    held_out = store.read_manifest(run, "train_student").summary["held_out"]
+    assert len(set(held_out)) == config.training.held_out
+    tokens = conversations(
+        weights.load_tokenizer(config.student),
+        store.read_records(run / "prompts.parquet", Prompt),
+        [answer for answer in answers if answer.prompt_id not in held_out],
+    )
+    rows = student_rows(run)
+    once = sum(conversation.length for conversation in tokens)
+    assert sum(row["tokens"] for row in rows) == config.training.epochs * once
+    measured = [row["step"] for row in rows if "held_out_loss" in row]
+    assert measured == sorted({*range(0, len(rows), 4), len(rows) - 1})
 
 
 def test_the_student_opens_as_a_model_and_has_been_trained(run):

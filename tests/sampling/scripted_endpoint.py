@@ -35,6 +35,7 @@ class Endpoint:
     script: Script = lambda body, attempt: (200, completion())
     requests: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def asked(self, prompt: str) -> int:
@@ -55,6 +56,7 @@ def serving() -> Iterator[Endpoint]:
             with endpoint.lock:
                 endpoint.requests.append(body)
                 endpoint.headers.append(dict(self.headers))
+                endpoint.paths.append(self.path)
                 attempt = endpoint.asked(body["messages"][-1]["content"])
             status, data = endpoint.script(body, attempt)
             with contextlib.suppress(ConnectionError):  # the client may have given up

@@ -74,6 +74,7 @@ def test_sends_what_the_teacher_says(endpoint):
             "seed": 5,
         }
     ]
+    assert endpoint.paths == ["/v1/chat/completions"]
     assert "Authorization" not in endpoint.headers[0]
 
 

@@ -1,0 +1,96 @@
+"""From answers to training rows, and what the student's training refuses."""
+
+import dataclasses
+
+import pytest
+
+from persyn_jax.config import ConfigError
+from persyn_jax.mesh import make_mesh
+from persyn_jax.models import weights
+from persyn_jax.models.rows import Conversation
+from persyn_jax.models.spec import ModelConfig
+from persyn_jax.pipeline.prompts import check_answers
+from persyn_jax.pipeline.tokens import conversations, prompt_tokens
+from persyn_jax.pipeline.train_student import StudentTraining, train_student
+from persyn_jax.records import Answer, Prompt
+from persyn_jax.training.config import GossipConfig, TrainConfig
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_too_few_answers_are_refused_before_the_model_is_loaded(tmp_path, count):
+    """Three of them: one is held out, and one of three workers would have nothing."""
+
+    def load():
+        raise AssertionError("loaded for nothing")
+
+    with pytest.raises(RuntimeError, match=f"{count} usable answers: training needs one for each"):
+        train_student(
+            load,
+            [Conversation((1, 2), (3,))] * count,
+            StudentTraining(TrainConfig(), GossipConfig(workers=3), seed=0),
+            make_mesh(3),
+            tmp_path,
+            lambda first, steps: None,
+            lambda row: None,
+        )
+
+
+TOKENIZER = weights.load_tokenizer(ModelConfig(weights="random:tiny"))
+
+
+def make_prompt(name: str, text: str) -> Prompt:
+    return Prompt(
+        id=name,
+        messages=[{"role": "user", "content": text}],
+        source="mine",
+        split="train",
+        answer=None,
+        verifier="exact_match",
+        source_licence="CC0-1.0",
+    )
+
+
+def make_answer(prompt_id: str, text: str, finish_reason: str = "stop") -> Answer:
+    return Answer(
+        key="k",
+        prompt_id=prompt_id,
+        teacher="a",
+        sample_index=0,
+        text=text,
+        finish_reason=finish_reason,
+        prompt_tokens=1,
+        completion_tokens=1,
+        usd=None,
+        licence="MIT",
+        error=None,
+    )
+
+
+def test_eos_belongs_to_an_answer_that_the_teacher_ended():
+    """The byte-level tokenizer has a token a byte and one for each ChatML mark."""
+    prompts = [make_prompt("x", "hi"), make_prompt("y", "ho")]
+    answers = [make_answer("y", "abc"), make_answer("x", "abc", finish_reason="length")]
+    ended, cut_off = conversations(TOKENIZER, prompts, answers)
+    assert ended.response == (*cut_off.response, TOKENIZER.eos_token_id)
+    assert len(cut_off.response) == 3
+    asked = [TOKENIZER.decode(each.prompt) for each in (ended, cut_off)]
+    chat = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+    assert asked == [chat.format("ho"), chat.format("hi")]
+    assert prompt_tokens(TOKENIZER, prompts) == [cut_off.prompt, ended.prompt]
+
+
+def test_special_tokens_in_an_answer_stay_text():
+    (only,) = conversations(
+        TOKENIZER, [make_prompt("x", "hi")], [make_answer("x", "<|im_end|>", "length")]
+    )
+    assert len(only.response) == len("<|im_end|>")
+
+
+def test_an_answer_that_no_row_has_room_for_is_named():
+    answers = [make_answer("x", ""), make_answer("y", "")]
+    rows = [Conversation((1,) * 8, (2,) * 4), Conversation((1,) * 8, (2,) * 5)]
+    config = TrainConfig(row_tokens=13, row_response_tokens=5)
+    check_answers(answers, rows, config)
+    for room in ({"row_tokens": 12}, {"row_response_tokens": 4}):
+        with pytest.raises(ConfigError, match=r"prompt 'y' with the answer of teacher 'a': 13 tok"):
+            check_answers(answers, rows, dataclasses.replace(config, **room))
