@@ -102,7 +102,8 @@ def compile_student_step(model: DecoderConfig, config: TrainConfig, mesh: Mesh) 
     seconds = time.monotonic() - started
 
     program, memory = compiled.as_text(), compiled.memory_analysis()
-    assert program is not None and memory is not None, "every XLA back end gives both"
+    assert program is not None, "every XLA back end has it"
+    assert memory is not None, "every XLA back end has it"
     asynchronous, synchronous = count_collectives(program)
     return CompileReport(
         workers=workers,

@@ -70,8 +70,8 @@ def _entries(
 
 def _reasoning_gym():
     """The generators by name, and the function that makes one."""
-    # One puzzle, zebra_puzzles, wants a SAT solver that comes as C source only and that this project
-    # does not install. The package imports it at once, so something must stand in its place.
+    # One puzzle, zebra_puzzles, wants a SAT solver that comes as C source only and is not installed
+    # here. The package imports it at once, so something must stand in its place.
     if "pycosat" not in sys.modules and importlib.util.find_spec("pycosat") is None:
         sys.modules["pycosat"] = ModuleType("pycosat")
     with warnings.catch_warnings():

@@ -96,8 +96,8 @@ def _service_memory(config: RunConfig) -> float:
 
 def _training_memory(config: RunConfig) -> float:
     c, t = weights.load_config(config.student), config.training
-    # Of every worker: parameters, two moments, gradients and updates; and, as measured, half as much
-    # again as the state's 3 while a checkpoint is written.
+    # Of every worker: parameters, two moments, gradients and updates; and, as measured, half as
+    # much again as the state's 3 while a checkpoint is written.
     state = 6.5 * config.gossip.workers * _parameters_gb(config.student)
     per_token = c.layers * (8 * c.d_model + 4 * c.d_ff + c.heads * t.row_tokens)
     activations = 4 * t.rows * t.row_tokens * (c.d_model if t.recompute else per_token) / 1e9

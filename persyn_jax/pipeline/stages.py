@@ -71,12 +71,13 @@ def _train_router(run: Run, _: Path) -> dict[str, Any]:
     prompts = [p for p in run.read(PROMPTS, Prompt) if p.split == "calibration"]
     backbone = load(config.router_backbone, config.run.seed)
     state_ND = pooled_states(backbone, prompt_tokens(backbone.tokenizer, prompts), mesh)
-    teachers = [teacher.name for teacher in config.teachers]
+    rewards = run.read(REWARDS, Reward)
+    teachers = list(dict.fromkeys(reward.teacher for reward in rewards))
     metrics_file = run.folder / METRICS
     store.truncate_metrics(metrics_file, "train_router", 0)
     head, metrics = train_router(
         prompts,
-        run.read(REWARDS, Reward),
+        rewards,
         teachers,
         state_ND,
         RouterTraining(

@@ -12,16 +12,23 @@ from jax.sharding import Mesh
 
 from persyn_jax import gossip
 from persyn_jax import mesh as meshes
+from persyn_jax.models.decoder import Params
 from persyn_jax.models.rows import Conversation, Rows
 from persyn_jax.models.weights import Model
 from persyn_jax.training import checkpoint
-from persyn_jax.training.batches import batch_rows, first_fit, hold_out, make_plan, stack_workers
+from persyn_jax.training.batches import (
+    Row,
+    batch_rows,
+    first_fit,
+    hold_out,
+    make_plan,
+    stack_workers,
+)
 from persyn_jax.training.config import GossipConfig, TrainConfig
-from persyn_jax.training.loop import make_optimiser, run_steps, uniform_mean
+from persyn_jax.training.loop import Taken, make_optimiser, run_steps, uniform_mean
 from persyn_jax.training.losses import response_loss
 from persyn_jax.training.step import (
     LossFunction,
-    StepMetrics,
     TrainState,
     compiled_programs,
     init_state,
@@ -88,15 +95,12 @@ def train_student(
     loss = functools.partial(response_loss, student.config, c.recompute)
     optimiser = make_optimiser(c.optimiser, len(plan))
     mixing = gossip.gosgd(schedule.bank, meshes.WORKER)
+    start = on_mesh(lambda params: init_state(params, optimiser, mixing), mesh, (0,), donate=True)
     step = on_mesh(make_train_step(loss, optimiser, mixing), mesh, (0, 0, None), donate=True)
     measure = _make_measure(loss, [conversations[index] for index in held_out], c, mesh)
 
-    start = on_mesh(lambda params: init_state(params, optimiser, mixing), mesh, (0,), donate=True)
-    params_W = stack_on_mesh(student.params, mesh)
+    first, state = _restore_or_start(checkpoints, start, student.params, mesh)
     student = replace(student, params={})
-    like = placed_shapes(jax.eval_shape(start, params_W), meshes.per_worker(mesh))
-    first, state = checkpoint.restore_newest(checkpoints, like) or (0, start(params_W))
-    del params_W
     on_start(first, len(plan))
 
     def batch_at(number: int) -> Rows:
@@ -104,14 +108,7 @@ def train_student(
 
     for taken in run_steps(step, state, batch_at, schedule, range(first, len(plan)), mesh):
         number, last = taken.number, taken.number == len(plan) - 1
-        row = {
-            "step": number,
-            "loss": _where_measured(taken.metrics),
-            "gradient_norm": taken.metrics.gradient_norm.tolist(),
-            "sum_weight": np.asarray(taken.state.mix_state.sum_weight).tolist(),
-            "pushes": int(pushes_T[number]),
-            "tokens": _tokens(examples, plan[number]),
-        }
+        row = _metrics_row(taken, int(pushes_T[number]), _tokens(examples, plan[number]))
         if last or number % c.measure_every == 0:
             row |= measure(taken.state)
         on_metrics(row)
@@ -122,13 +119,29 @@ def train_student(
     return Trained(replace(student, params=uniform_mean(taken.state.params)), compiled, held_out)
 
 
-def _where_measured(metrics: StepMetrics) -> list[float | None]:
-    """The loss by worker; null where the batch was empty."""
-    losses = zip(metrics.loss.tolist(), metrics.weight.tolist(), strict=True)
-    return [loss if weight else None for loss, weight in losses]
+def _restore_or_start(
+    checkpoints: Path, start: Callable, params: Params, mesh: Mesh
+) -> tuple[int, TrainState]:
+    """(steps taken, state of all workers): of the newest checkpoint, else of `params`."""
+    params_W = stack_on_mesh(params, mesh)
+    like = placed_shapes(jax.eval_shape(start, params_W), meshes.per_worker(mesh))
+    return checkpoint.restore_newest(checkpoints, like) or (0, start(params_W))
 
 
-def _tokens(examples: Sequence[Conversation], rows_by_worker: list[list[list[int]]]) -> int:
+def _metrics_row(taken: Taken, pushes: int, tokens: int) -> dict[str, Any]:
+    """A line of metrics.jsonl; the loss of a worker is null where its batch was empty."""
+    loss_W, weight_W, norm_W = (field.tolist() for field in taken.metrics)
+    return {
+        "step": taken.number,
+        "loss": [loss if weight else None for loss, weight in zip(loss_W, weight_W, strict=True)],
+        "gradient_norm": norm_W,
+        "sum_weight": np.asarray(taken.state.mix_state.sum_weight).tolist(),
+        "pushes": pushes,
+        "tokens": tokens,
+    }
+
+
+def _tokens(examples: Sequence[Conversation], rows_by_worker: list[list[Row]]) -> int:
     """Tokens of one step's rows, prompts and answers, over all workers."""
     return sum(examples[i].length for own in rows_by_worker for row in own for i in row)
 

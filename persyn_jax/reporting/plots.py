@@ -201,7 +201,7 @@ def plot_losses(rows: list[dict[str, Any]]) -> str:
 
 
 def plot_consensus(rows: list[dict[str, Any]]) -> str:
-    """Consensus distance at the steps where it was measured, and under it the pushes of each step."""
+    """Consensus distance at the steps where it was measured; below, the pushes of each step."""
     steps = [row["step"] for row in rows]
     measured = [row for row in rows if "consensus_distance" in row]
     with plot_style():

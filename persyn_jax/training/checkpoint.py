@@ -26,8 +26,10 @@ def save(folder: Path, step: int, state: TrainState) -> None:
     target = folder / f"{step:08d}"
     _manifest(target).unlink(missing_ok=True)
     shutil.rmtree(target, ignore_errors=True)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(target.resolve(), state)
+    # A gigabyte of copies at a time; by default orbax may hold a second copy of the whole state.
+    handler = ocp.StandardCheckpointHandler(save_concurrent_gb=1)
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(target.resolve(), args=ocp.args.StandardSave(state))
     partial = _manifest(target).with_suffix(".partial")
     partial.write_text(json.dumps(_hashes(target)))
     partial.rename(_manifest(target))

@@ -9,6 +9,9 @@ import sys
 import pytest
 from pipeline_runs import ROOT, SMOKE, Ended, run_here, small_config
 
+from persyn_jax.config import ConfigError
+from persyn_jax.pipeline.run import Run
+
 PROMPTS = [
     {
         "id": f"{split}-{number}",
@@ -220,8 +223,7 @@ def test_a_dry_run_counts_and_leaves_no_trace(script, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.jsonl"]
 
 
-def test_overrides_and_options_may_stand_in_any_order(script, tmp_path):
-    ended = script("run_persyn.py", "run.seed=3", "--dry-run", "run.name=other")
-    assert ended.code == 0, ended.stderr
-    assert "runs/other" in ended.stdout
-    assert small_config().run.name == "smoke"
+def test_more_workers_than_devices_is_an_error_of_the_config():
+    """The tests run with eight host devices."""
+    with pytest.raises(ConfigError, match=r"gossip\.workers: 9 workers need as many devices, and"):
+        Run(small_config("gossip.workers=9")).mesh()

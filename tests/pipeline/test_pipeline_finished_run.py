@@ -19,6 +19,7 @@ from pipeline_runs import (
 
 from persyn_jax import config, store
 from persyn_jax.models import weights
+from persyn_jax.models.rows import pack, response_log_likelihoods
 from persyn_jax.models.spec import ModelConfig
 from persyn_jax.pipeline.config import RunConfig
 from persyn_jax.pipeline.tokens import conversations
@@ -106,6 +107,29 @@ def test_the_report_counts_what_the_records_say(run, report):
     assert set(report["router"]["regret"]) == {
         *("router", "best_constant", "best_per_source", "knn", "random", "oracle")
     }
+
+
+def test_rewards_are_the_verifiers_word_and_the_students_likelihood(run):
+    """Learnability is what the training loss of that conversation alone would be, but for sign."""
+    prompts = store.read_records(run / "prompts.parquet", Prompt)
+    answers = store.read_records(run / "calibration_answers.parquet", Answer)
+    rewards = store.read_records(run / "rewards.parquet", Reward)
+    prompt_of = {prompt.id: prompt for prompt in prompts}
+    assert [reward.key for reward in rewards] == [answer.key for answer in answers]
+    for answer, reward in zip(answers, rewards, strict=True):
+        right = answer.usable and answer.text.strip() == prompt_of[answer.prompt_id].answer
+        assert (reward.usable, reward.quality) == (answer.usable, float(right))
+
+    student = weights.load(small_config().student)
+    tokens = conversations(student.tokenizer, prompts, answers)
+    assert [reward.response_tokens for reward in rewards] == [len(t.response) for t in tokens]
+    usable = [index for index, reward in enumerate(rewards) if reward.usable]
+    batch = pack([[tokens[index]] for index in usable], length=320, responses=128)
+    log_likelihood_BR = jax.jit(
+        lambda params, rows: response_log_likelihoods(student.config, params, rows)
+    )(student.params, batch)
+    expected = np.asarray(log_likelihood_BR).sum(axis=1) / batch.weights.sum(axis=1)
+    np.testing.assert_allclose([rewards[i].learnability for i in usable], expected, rtol=1e-4)
 
 
 def test_gossip_happened_and_kept_the_total_sum_weight(run, report):

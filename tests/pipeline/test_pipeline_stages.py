@@ -1,6 +1,8 @@
 """How a stage is run, skipped or refused; and that the table of the real stages hangs together."""
 
+import inspect
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -177,6 +179,19 @@ def test_every_key_of_the_config_belongs_to_a_stage():
     values = configs.to_values(config)
     assert {name for name in values if name not in read} == WITHOUT_STAGE
     assert STAGES[-1].section(config) == values
+
+
+@pytest.mark.parametrize("stage", STAGES[:-1], ids=lambda stage: stage.name)
+def test_a_stage_looks_at_no_part_of_the_config_that_its_fingerprint_leaves_out(stage):
+    """By its source. How endpoints are asked and where things lie decides no result."""
+    config = small_config("router.backbone={weights: other}")
+    looked_at = set(re.findall(r"\bconfig\.(\w+)", inspect.getsource(stage.work)))
+    models = [
+        name
+        for name in ("student", "router_backbone")
+        if getattr(config, name) in stage.models(config)
+    ]
+    assert looked_at <= {"run", "client", *stage.section(config), *models}
 
 
 def test_models_and_prompt_files_are_inputs_of_the_stages_that_read_them(tmp_path):

@@ -136,16 +136,19 @@ def test_noise_is_not_called_better():
     assert metrics["hit_at_1"] < 0.5
 
 
-def test_held_out_rewards_do_not_reach_the_head(planted):
-    """Turning every held-out ranking round changes the verdict and not a bit of the head."""
+def test_held_out_prompts_do_not_reach_the_head(planted):
+    """Turning their rankings round changes the verdict, moving their states the routes: no more."""
     state_ND, total_NM, head, metrics, _ = planted
     prompts = [make_prompt(f"p{n}", f"s{n % 3}") for n in range(200)]
     _, held_out_N = split_calibration(prompts, 0.4, seed=0)
-    turned_NM = total_NM.copy()
+    turned_NM, moved_ND = total_NM.copy(), state_ND.copy()
     turned_NM[held_out_N] *= -1
-    other, judged = run(turned_NM, state_ND)
+    moved_ND[held_out_N] += 1000
+    turned, judged = run(turned_NM, state_ND)
+    moved, _ = run(total_NM, moved_ND)
     for name, array in head.items():
-        np.testing.assert_array_equal(other[name], array)
+        np.testing.assert_array_equal(turned[name], array)
+        np.testing.assert_array_equal(moved[name], array)
     assert judged["hit_at_1"] < metrics["hit_at_1"] / 4
 
 
