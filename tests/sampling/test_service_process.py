@@ -30,11 +30,14 @@ CONFIG = ServiceConfig(
     ),
 )
 PARENT = f"""
+import signal
 import time
 from persyn_jax.models.spec import ModelConfig
 from persyn_jax.sampling.config import EngineConfig, ServiceConfig
 from persyn_jax.sampling.process import running_service
 
+# A shell lets its background jobs ignore Ctrl-C, and what it starts inherits that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 with running_service({CONFIG!r}, "cpu") as url:
     print(url, flush=True)
     time.sleep(600)
