@@ -88,7 +88,9 @@ class GgufFile:
         try:
             values = dequantize(raw.reshape(*shape[:-1], -1), kind)
         except NotImplementedError:
-            raise ConfigError(f"{self.path}: tensor {name!r} has type {kind.name}") from None
+            raise ConfigError(
+                f"{self.path}: tensor {name!r} has type {kind.name}, which cannot be read"
+            ) from None
         return values.astype(np.float32, copy=False).reshape(shape)
 
 
