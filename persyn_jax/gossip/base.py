@@ -1,4 +1,4 @@
-"""The two types that schedules, rules and training loops meet in."""
+"""The types that schedules, exchanges, rules and training loops meet in."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,12 +18,28 @@ class Round(NamedTuple):
 
     Every worker is given the same row (a replicated argument, never closed over), so one compiled
     program serves all rounds, and control flow that follows it is the same on all workers.
+
+    In each of K *slots* all workers send along one permutation of the bank. A worker of degree d in
+    a round's graph uses d slots.
     """
 
-    branch: Array
-    """int32[]: index into the bank of permutations; 0 is the identity, that is: nobody sends."""
-    push_W: Array
-    """bool[W]: the coins, whether each worker pushes."""
+    index: Array
+    """int32[]: t, the number of the round."""
+    sync: Array
+    """bool[]: whether workers exchange in this round. Outer optimisers step in such rounds only."""
+    average: Array
+    """bool[]: all present workers take their exact mean, by an all-reduce, before the slots."""
+    branch_K: Array
+    """int32[K]: the permutation of each slot; 0 is the identity, that is: nobody sends. Slots in
+    use come first."""
+    weight_KW: Array
+    """float[K, W]: the weight of the message that each worker gets through each slot; 0 for none.
+    Averaging rules read it as the receiver's step towards the sender, sum-weight rules as the share
+    of its mass that the sender gives away."""
+    steps_W: Array
+    """bool[W]: who takes its local step (a dead or a late worker does not)."""
+    present_W: Array
+    """bool[W]: who is there. The others neither send nor receive nor count in the mean."""
 
 
 class MixingTransformation(NamedTuple):
@@ -36,7 +52,8 @@ class MixingTransformation(NamedTuple):
     init: Callable[[Params], MixState]
     """`init(params) -> mix_state`."""
     evaluate_at: Callable[[Params, MixState], Params]
-    """`evaluate_at(params, mix_state) -> params`: where the gradient is taken."""
+    """`evaluate_at(params, mix_state) -> params`: where the gradient is taken, and the model that a
+    worker would hand out."""
     update: Callable[[Params, MixState, Params, Round], tuple[Params, MixState]]
     """`update(updates, mix_state, params, round) -> (params, mix_state)`: applies the local step
     (updates in optax's sense: to be added) and mixes, in the rule's own order."""

@@ -1,153 +1,266 @@
-"""Mixing schedules: who sends to whom in which round. Plain NumPy: a schedule is data, not code."""
+"""A mixing schedule: who sends to whom in which round, and with what weight. Plain NumPy: data.
 
-from dataclasses import dataclass
+The schedules of the field are in `topologies`, all made by the two functions here: `cycle`, for
+those that repeat a list of rows, and `draw`, for those whose rounds are drawn from a law.
+"""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
+from persyn_jax.gossip.banks import AnyBank, Bank, Dense
 from persyn_jax.gossip.base import Round
 from persyn_jax.streams import numpy_stream
 
 
-@dataclass(frozen=True)
-class Bank:
-    """The permutations that a compiled program can choose from at run time.
+class Rows(NamedTuple):
+    """Some rows that a schedule may hold, S of them."""
 
-    Raises ValueError unless every branch permutes the workers and branch 0 is the identity.
-    """
-
-    receivers: tuple[tuple[int, ...], ...]
-    """`receivers[branch][worker]` is the worker that `worker` sends to."""
-
-    def __post_init__(self):
-        everyone = tuple(range(self.workers))
-        if not everyone or self.receivers[0] != everyone:
-            raise ValueError(
-                f"bank: branch 0 must be the identity of some workers, got {self.receivers[:1]}"
-            )
-        for branch, receivers in enumerate(self.receivers):
-            if tuple(sorted(receivers)) != everyone:
-                raise ValueError(
-                    f"bank: branch {branch} must permute {self.workers} workers, got {receivers}"
-                )
-
-    @property
-    def workers(self) -> int:
-        return len(self.receivers[0]) if self.receivers else 0
+    branches_SK: np.ndarray
+    """int32[S, K]: the permutation of each slot, 0 for none."""
+    weights_SKW: np.ndarray
+    """float64[S, K, W]: the weight of the message that each worker gets through each slot."""
+    average_S: np.ndarray
+    """bool[S]: whether the exact mean is taken, before the slots."""
 
 
-def xor_bank(workers: int) -> Bank:
-    """Branch k pairs worker w with w XOR k. Raises ValueError: workers is no power of two."""
-    if workers < 1 or workers & (workers - 1):
-        raise ValueError(f"xor bank: the number of workers must be a power of two, got {workers}")
-    return Bank(tuple(tuple(w ^ k for w in range(workers)) for k in range(workers)))
+class Law(NamedTuple):
+    """The law of a random schedule: each round is drawn anew, independently of the others."""
 
-
-def shift_bank(workers: int) -> Bank:
-    """Branch k sends from worker w to (w + k) mod W. Raises ValueError: no worker."""
-    if workers < 1:
-        raise ValueError(f"shift bank: the number of workers must be at least 1, got {workers}")
-    return Bank(tuple(tuple((w + k) % workers for w in range(workers)) for k in range(workers)))
+    rows: Rows
+    probability_S: np.ndarray
+    """float64[S]: of each row; totals 1."""
+    coin: float
+    """Probability of each message of the drawn row to be sent, independently of the others."""
 
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
     """A table of T rounds over a bank.
 
-    Raises ValueError if the table does not fit the bank (a compiled program would only clamp).
+    Raises ValueError if the table does not fit the bank (a compiled program would only clamp), or
+    if a worker would take or give more than there is.
     """
 
-    bank: Bank
-    branches_T: np.ndarray
-    """int32[T]: the permutation of each round."""
-    push_TW: np.ndarray
-    """bool[T, W]: the coin of each worker in each round."""
+    bank: AnyBank
+    branches_TK: np.ndarray
+    """int32[T, K]: the permutation of each slot; 0 for none."""
+    weights_TKW: np.ndarray
+    """float64[T, K, W]: the weight of the message that each worker gets through each slot."""
+    average_T: np.ndarray
+    """bool[T]: whether the exact mean is taken, before the slots."""
+    sync_T: np.ndarray
+    """bool[T]: whether workers exchange in this round."""
+    steps_TW: np.ndarray
+    """bool[T, W]: who takes its local step."""
+    present_TW: np.ndarray
+    """bool[T, W]: who is there."""
+    period: int | None = None
+    """After how many rounds the table repeats itself, if it does."""
+    law: Law | None = None
+    """What its rounds were drawn from, if they were."""
 
     def __post_init__(self):
-        expected = (len(self.branches_T), self.bank.workers)
-        if self.push_TW.shape != expected:
-            raise ValueError(f"schedule: push_TW must be {expected}, got {self.push_TW.shape}")
-        branches = len(self.bank.receivers)
-        if not np.isin(self.branches_T, np.arange(branches)).all():
+        rounds, slots, workers = self.weights_TKW.shape
+        if workers != self.workers:
+            raise ValueError(f"schedule: weights of {workers} workers, a bank of {self.workers}")
+        for name, expected in (
+            ("branches_TK", (rounds, slots)),
+            ("average_T", (rounds,)),
+            ("sync_T", (rounds,)),
+            ("steps_TW", (rounds, workers)),
+            ("present_TW", (rounds, workers)),
+        ):
+            if getattr(self, name).shape != expected:
+                shape = getattr(self, name).shape
+                raise ValueError(f"schedule: {name} must be {expected}, got {shape}")
+        branches = self.bank.branches
+        if ((self.branches_TK < 0) | (self.branches_TK >= branches)).any():
             raise ValueError(f"schedule: branches must lie in [0, {branches}), the bank's size")
+        if not ((self.weights_TKW >= 0) & (self.weights_TKW <= 1)).all():
+            raise ValueError("schedule: weights must lie in [0, 1]")
 
     @property
     def rounds(self) -> int:
-        return len(self.branches_T)
+        return len(self.branches_TK)
+
+    @property
+    def slots(self) -> int:
+        return self.branches_TK.shape[1]
+
+    @property
+    def workers(self) -> int:
+        return self.bank.workers
 
     def round(self, t: int) -> Round:
         """Row t, for `MixingTransformation.update`. Raises ValueError outside the table."""
         if not 0 <= t < self.rounds:
             raise ValueError(f"schedule: it has {self.rounds} rounds, asked for round {t}")
-        return Round(self.branches_T[t], self.push_TW[t])
+        return Round(np.asarray(t, np.int32), *(column[t] for column in self._columns()))
+
+    def table(self) -> Round:
+        """All rows at once, each field with a leading axis T: for `jax.lax.scan`."""
+        return Round(np.arange(self.rounds, dtype=np.int32), *self._columns())
 
     def messages(self) -> np.ndarray:
-        """int64[T]: how many models are pushed in each round."""
-        return self.push_TW.sum(axis=1)
+        """int64[T]: how many models are sent in each round, not counting those of the mean."""
+        return (self.weights_TKW > 0).sum(axis=(1, 2))
+
+    def edges(self, t: int) -> list[tuple[int, int, float]]:
+        """(receiver, sender, weight) of each message of round t, by slot and receiver."""
+        slots, receivers = np.nonzero(self.weights_TKW[t])
+        senders = self._senders_KW(t)[slots, receivers]
+        weights = self.weights_TKW[t, slots, receivers]
+        return list(zip(receivers.tolist(), senders.tolist(), weights.tolist(), strict=True))
+
+    def pull_matrix(self, t: int) -> np.ndarray:
+        """float64[W, W]: x <- W x of an averaging rule in round t. Rows sum to 1.
+
+        Raises ValueError if a worker takes more than the whole of its value from others.
+        """
+        flow_WW = self._flow(t)
+        return (np.diag(self._rest(flow_WW.sum(axis=1), t, "takes")) + flow_WW) @ self._mean(
+            t, np.ones(self.workers)
+        )
+
+    def push_matrix(self, t: int) -> np.ndarray:
+        """float64[W, W]: mass <- A mass of a sum-weight rule in round t. Columns sum to 1.
+
+        Raises ValueError if a worker gives away more than it has.
+        """
+        return self._push_slots(t) @ self._mean(t, np.ones(self.workers))
 
     def sum_weights(self) -> np.ndarray:
-        """float64[T + 1, W]: sum weights before each round and after the last, if no push fails."""
-        weights = [np.full(self.bank.workers, 1 / self.bank.workers)]
+        """float64[T + 1, W]: GoSGD's, before each round and after the last, if no push fails.
+
+        An exact mean leaves them alone.
+        """
+        weights = [np.full(self.workers, 1 / self.workers)]
         for t in range(self.rounds):
-            kept_W, received_W = self._split(t, weights[-1])
-            weights.append(kept_W + received_W)
+            weights.append(self._push_slots(t) @ weights[-1])
         return np.array(weights)
 
-    def mixing_matrix(self, t: int, sum_weight_W: np.ndarray) -> np.ndarray:
-        """float64[W, W]: GoSGD's matrix of round t, x <- K x, rows sum to 1.
+    def sum_weight_matrix(self, t: int, sum_weight_W: np.ndarray) -> np.ndarray:
+        """float64[W, W]: GoSGD's matrix of round t, x <- K x. Rows sum to 1.
 
         sum_weight_W: the sum weights before the round.
         """
-        kept_W, received_W = self._split(t, sum_weight_W)
-        gain_W = received_W / (kept_W + received_W)
-        matrix_WW = np.diag(1 - gain_W)
-        for sender, receiver in enumerate(self.bank.receivers[self.branches_T[t]]):
-            matrix_WW[receiver, sender] += gain_W[receiver]
-        return matrix_WW
+        mass_WW = self._push_slots(t) * sum_weight_W
+        return mass_WW / mass_WW.sum(axis=1, keepdims=True) @ self._mean(t, sum_weight_W)
 
-    def _split(self, t: int, sum_weight_W: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What each worker keeps of its sum weight in round t, and what it is sent."""
-        sent_W = np.where(self.push_TW[t], sum_weight_W / 2, 0)
-        received_W = np.empty_like(sent_W)
-        received_W[list(self.bank.receivers[self.branches_T[t]])] = sent_W
-        return sum_weight_W - sent_W, received_W
+    def dense(self) -> "Schedule":
+        """The same schedule in the matrix mode. Exact means stay what they are."""
+        if isinstance(self.bank, Dense):
+            return self
+        flow_TWW = [self._flow(t) for t in range(self.rounds)]
+        everyone = np.arange(self.workers, dtype=np.int32)
+        return replace(
+            self,
+            bank=Dense(self.workers),
+            branches_TK=np.tile(everyone, (self.rounds, 1)),
+            weights_TKW=np.reshape(flow_TWW, (-1, self.workers, self.workers)).transpose(0, 2, 1),
+            law=None,
+        )
+
+    def _columns(self) -> tuple[np.ndarray, ...]:
+        return (
+            self.sync_T,
+            self.average_T,
+            self.branches_TK,
+            self.weights_TKW,
+            self.steps_TW,
+            self.present_TW,
+        )
+
+    def _senders_KW(self, t: int) -> np.ndarray:
+        if isinstance(self.bank, Dense):
+            return np.repeat(np.arange(self.workers)[:, None], self.workers, axis=1)
+        return self.bank.senders_BW[self.branches_TK[t]]
+
+    def _flow(self, t: int) -> np.ndarray:
+        """float64[W, W]: the weights of round t off the diagonal, [receiver, sender]."""
+        flow_WW = np.zeros((self.workers, self.workers))
+        for receiver, sender, weight in self.edges(t):
+            flow_WW[receiver, sender] += weight
+        return flow_WW
+
+    def _push_slots(self, t: int) -> np.ndarray:
+        """float64[W, W]: the push matrix of the slots alone."""
+        flow_WW = self._flow(t)
+        return np.diag(self._rest(flow_WW.sum(axis=0), t, "gives")) + flow_WW
+
+    def _mean(self, t: int, weight_W: np.ndarray) -> np.ndarray:
+        """float64[W, W]: the weighted mean that the present take before the slots, if they do."""
+        mean_WW = np.eye(self.workers)
+        if self.average_T[t]:
+            present = np.flatnonzero(self.present_TW[t])
+            mean_WW[np.ix_(present, present)] = weight_W[present] / weight_W[present].sum()
+        return mean_WW
+
+    def _rest(self, total_W: np.ndarray, t: int, verb: str) -> np.ndarray:
+        if (total_W > 1 + 1e-9).any():
+            worker = int(total_W.argmax())
+            raise ValueError(
+                f"schedule: in round {t} worker {worker} {verb} {total_W[worker]:.4g} of a model,"
+                " at most 1 is there"
+            )
+        return np.maximum(1 - total_W, 0)
 
 
-def gosgd_schedule(workers: int, rounds: int, exchange_probability: float, seed: int) -> Schedule:
-    """GoSGD in lock step: each worker pushes by its own coin of probability p (Algorithm 1).
+def cycle(bank: Bank, rows: Rows, rounds: int) -> Schedule:
+    """A schedule that repeats `rows`, from the first on. Raises ValueError: negative rounds."""
+    period = len(rows.branches_SK)
+    return replace(_schedule(bank, rows, np.arange(_count(rounds)) % period), period=period)
 
-    The receivers of a round are one random permutation without fixed points: XOR for a power of
-    two, else a cyclic shift. Every other worker is an equally likely receiver, as in the paper, but
-    a worker gets at most one message a round, where independent receivers would give it a Poisson
-    number. Branch 0, the identity, stands where no coin came up.
+
+def draw(bank: Bank, law: Law, rounds: int, seed: int) -> Schedule:
+    """A schedule whose rounds are drawn from `law`.
 
     Round t depends on t and the seed, not on how many rounds are asked for.
-    Raises ValueError: no worker, negative rounds, a probability outside [0, 1].
+    Raises ValueError: a coin outside [0, 1], negative rounds.
     """
-    if not 0 <= exchange_probability <= 1:
-        raise ValueError(f"exchange probability: must be in [0, 1], got {exchange_probability}")
+    if not 0 <= law.coin <= 1:
+        raise ValueError(f"exchange probability: must be in [0, 1], got {law.coin}")
+    uniform_T = numpy_stream(seed, "gossip receivers").random(_count(rounds))
+    last = len(law.probability_S) - 1
+    chosen_T = np.minimum(np.searchsorted(np.cumsum(law.probability_S), uniform_T, "right"), last)
+    branches_TK, weights_TKW = law.rows.branches_SK[chosen_T], law.rows.weights_SKW[chosen_T]
+    coins_TKW = numpy_stream(seed, "gossip coins").random(weights_TKW.shape) < law.coin
+    sender_TKW = bank.senders_BW[branches_TK]
+    heads_TKW = np.take_along_axis(coins_TKW, sender_TKW, axis=2)  # the coin is the sender's
+    rows = Rows(branches_TK, weights_TKW * heads_TKW, law.rows.average_S[chosen_T])
+    return replace(_schedule(bank, rows, np.arange(rounds)), law=law)
+
+
+def packed(rows: Rows) -> Rows:
+    """The same rows, with branch 0 in every slot that carries nothing and those slots last."""
+    used_SK = (rows.weights_SKW > 0).any(axis=2)
+    order_SK = np.argsort(~used_SK, axis=1, kind="stable")
+    branches_SK = np.where(used_SK, rows.branches_SK, 0)
+    return Rows(
+        np.take_along_axis(branches_SK, order_SK, axis=1).astype(np.int32),
+        np.take_along_axis(rows.weights_SKW, order_SK[:, :, None], axis=1),
+        rows.average_S,
+    )
+
+
+def _schedule(bank: Bank, rows: Rows, chosen_T: np.ndarray) -> Schedule:
+    """The table of row `chosen_T[t]` in round t. Everyone is there, steps, and exchanges."""
+    branches_SK, weights_SKW, average_S = packed(rows)
+    everyone_TW = np.ones((len(chosen_T), bank.workers), bool)
+    return Schedule(
+        bank=bank,
+        branches_TK=branches_SK[chosen_T],
+        weights_TKW=weights_SKW[chosen_T],
+        average_T=average_S[chosen_T],
+        sync_T=np.ones(len(chosen_T), bool),
+        steps_TW=everyone_TW,
+        present_TW=everyone_TW.copy(),
+    )
+
+
+def _count(rounds: int) -> int:
     if rounds < 0:
         raise ValueError(f"schedule: the number of rounds must not be negative, got {rounds}")
-    is_power_of_two = workers > 0 and workers & (workers - 1) == 0
-    bank = xor_bank(workers) if is_power_of_two else shift_bank(workers)
-    if workers == 1:  # nobody to push to
-        return Schedule(bank, np.zeros(rounds, np.int32), np.zeros((rounds, 1), bool))
-    coins_TW = numpy_stream(seed, "gossip coins").random((rounds, workers))
-    push_TW = coins_TW < exchange_probability
-    branches_T = numpy_stream(seed, "gossip receivers").integers(1, len(bank.receivers), rounds)
-    branches_T = np.where(push_TW.any(axis=1), branches_T, 0).astype(np.int32)
-    return Schedule(bank, branches_T, push_TW)
-
-
-def expected_gosgd_matrix(exchange_probability: float, sum_weight_W: np.ndarray) -> np.ndarray:
-    """float64[W, W]: E[K] of one round of `gosgd_schedule` that starts with these sum weights.
-
-    Receiver r is sent alpha_s / 2 with probability p / (W - 1), and its own coin, independent of
-    the sender's, decides whether it then holds alpha_r or half of it.
-    """
-    p, workers = exchange_probability, len(sum_weight_W)
-    sent_WW, own_WW = np.meshgrid(sum_weight_W / 2, sum_weight_W)  # [receiver, sender]
-    gain_WW = (1 - p) * sent_WW / (sent_WW + own_WW) + p * sent_WW / (sent_WW + own_WW / 2)
-    matrix_WW = gain_WW * p / max(workers - 1, 1)
-    np.fill_diagonal(matrix_WW, 0)
-    np.fill_diagonal(matrix_WW, 1 - matrix_WW.sum(axis=1))
-    return matrix_WW
+    return rounds

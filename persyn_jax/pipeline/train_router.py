@@ -126,7 +126,7 @@ def _fit(
         workers, config.steps, config.gossip.exchange_probability, config.seed
     )
     optimiser = make_optimiser(config.optimiser, config.steps)
-    mixing = gossip.gosgd(schedule.bank, meshes.WORKER)
+    mixing = gossip.gosgd(gossip.Exchange(schedule.bank, meshes.WORKER))
     step = on_mesh(
         make_train_step(bradley_terry_loss, optimiser, mixing), mesh, (0, 0, None), donate=True
     )

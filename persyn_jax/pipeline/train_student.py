@@ -89,12 +89,11 @@ def train_student(
     schedule = gossip.gosgd_schedule(
         workers, len(plan), config.gossip.exchange_probability, config.seed
     )
-    pushes_T = schedule.messages()
 
     student = load_student()
     loss = functools.partial(response_loss, student.config, c.recompute)
     optimiser = make_optimiser(c.optimiser, len(plan))
-    mixing = gossip.gosgd(schedule.bank, meshes.WORKER)
+    mixing = gossip.gosgd(gossip.Exchange(schedule.bank, meshes.WORKER))
     start = on_mesh(lambda params: init_state(params, optimiser, mixing), mesh, (0,), donate=True)
     step = on_mesh(make_train_step(loss, optimiser, mixing), mesh, (0, 0, None), donate=True)
     measure = _make_measure(loss, [conversations[index] for index in held_out], c, mesh)
@@ -108,7 +107,8 @@ def train_student(
 
     for taken in run_steps(step, state, batch_at, schedule, range(first, len(plan)), mesh):
         number, last = taken.number, taken.number == len(plan) - 1
-        row = _metrics_row(taken, int(pushes_T[number]), _tokens(examples, plan[number]))
+        tokens = _tokens(examples, plan[number])
+        row = _metrics_row(taken, tokens) | _exchange_row(taken, schedule.round(number))
         if last or number % c.measure_every == 0:
             row |= measure(taken.state)
         on_metrics(row)
@@ -128,16 +128,38 @@ def _restore_or_start(
     return checkpoint.restore_newest(checkpoints, like) or (0, start(params_W))
 
 
-def _metrics_row(taken: Taken, pushes: int, tokens: int) -> dict[str, Any]:
+def _metrics_row(taken: Taken, tokens: int) -> dict[str, Any]:
     """A line of metrics.jsonl; the loss of a worker is null where its batch was empty."""
     loss_W, weight_W, norm_W = (field.tolist() for field in taken.metrics)
     return {
         "step": taken.number,
         "loss": [loss if weight else None for loss, weight in zip(loss_W, weight_W, strict=True)],
         "gradient_norm": norm_W,
-        "sum_weight": np.asarray(taken.state.mix_state.sum_weight).tolist(),
-        "pushes": pushes,
         "tokens": tokens,
+    }
+
+
+def _exchange_row(taken: Taken, round: gossip.Round) -> dict[str, Any]:
+    """What a line of metrics.jsonl says of the exchange, bytes over all workers.
+
+    In a permutation everyone sends, also those whose message has no weight: wire against useful.
+    The estimate of the consensus distance is from the distances of those that heard something to
+    what they heard, for free; null where nobody did.
+    """
+    mix_state, workers = taken.state.mix_state, round.weight_KW.shape[1]
+    heard_W = (round.weight_KW > 0).sum(axis=0)
+    pushes = int(heard_W.sum())
+    model_bytes = sum(leaf.nbytes // workers for leaf in jax.tree.leaves(taken.state.params))
+    estimate = None
+    if pushes:
+        distance_W = np.asarray(mix_state.pair_distance)
+        estimate = float(gossip.divergence.estimated_consensus_distance(distance_W, heard_W))
+    return {
+        "sum_weight": np.asarray(mix_state.sum_weight).tolist(),
+        "pushes": pushes,
+        "wire_bytes": int(np.count_nonzero(round.branch_K)) * workers * model_bytes,
+        "useful_bytes": pushes * model_bytes,
+        "estimated_consensus_distance": estimate,
     }
 
 
@@ -149,18 +171,26 @@ def _tokens(examples: Sequence[Conversation], rows_by_worker: list[list[Row]]) -
 def _make_measure(
     loss: LossFunction, held_out: list[Conversation], config: TrainConfig, mesh: Mesh
 ) -> Callable[[TrainState], dict[str, Any]]:
-    """A function of the state: held-out loss by worker, and the parameters' consensus distance."""
+    """A function of the state: held-out loss by worker, and the parameters' consensus distance,
+    in all and by group (the top level of the tree)."""
     packed = first_fit(held_out, list(range(len(held_out))), config)
     batch = jax.device_put(batch_rows(held_out, packed, config), meshes.replicated(mesh))
 
     def one_worker(params, batch):
         mean, _ = loss(params, batch)
-        return mean, gossip.consensus_distance(params, meshes.WORKER)
+        return mean, {
+            group: gossip.consensus_distance(part, meshes.WORKER) for group, part in params.items()
+        }
 
     compiled = on_mesh(one_worker, mesh, (0, None))
 
     def measure(state: TrainState) -> dict[str, Any]:
-        loss_W, distance_W = jax.tree.map(np.asarray, compiled(state.params, batch))
-        return {"held_out_loss": loss_W.tolist(), "consensus_distance": float(distance_W[0])}
+        loss_W, distances_W = jax.tree.map(np.asarray, compiled(state.params, batch))
+        by_group = {group: float(distance_W[0]) for group, distance_W in distances_W.items()}
+        return {
+            "held_out_loss": loss_W.tolist(),
+            "consensus_distance": sum(by_group.values()),
+            "consensus_distance_by_group": by_group,
+        }
 
     return measure

@@ -140,7 +140,20 @@ def test_gossip_happened_and_kept_the_total_sum_weight(run, report):
     np.testing.assert_allclose([sum(row["sum_weight"]) for row in rows], 1, atol=1e-6)
     assert gossip["sum_weight_total"] == pytest.approx(1, abs=1e-6)
     assert any(row["sum_weight"][0] != row["sum_weight"][1] for row in rows)
-    assert max(row["consensus_distance"] for row in rows if "consensus_distance" in row) > 0
+    measured = [row for row in rows if "consensus_distance" in row]
+    assert max(row["consensus_distance"] for row in measured) > 0
+    for row in measured:
+        by_group = row["consensus_distance_by_group"]
+        assert set(by_group) == {"embed", "layers", "final_norm"}
+        assert sum(by_group.values()) == pytest.approx(row["consensus_distance"])
+
+
+def test_bytes_and_the_free_estimate_are_there_where_something_was_heard(run):
+    """Two workers: whoever pushes, both send; and the distance of the pair is known exactly."""
+    for row in student_rows(run):
+        assert row["useful_bytes"] * 2 == row["wire_bytes"] * row["pushes"]
+        assert (row["estimated_consensus_distance"] is None) == (row["pushes"] == 0)
+        assert (row["wire_bytes"] > 0) == (row["pushes"] > 0)
 
 
 def test_every_worker_trained_on_data_of_its_own_and_learned(run, report):

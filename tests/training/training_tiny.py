@@ -86,7 +86,7 @@ def language_training(workers: int, probability: float) -> Training:
         batch_at=batch_at,
         schedule=schedule,
         optimiser=optax.adamw(1e-2, weight_decay=0.01),
-        mixing=gossip.gosgd(schedule.bank, WORKER),
+        mixing=gossip.gosgd(gossip.Exchange(schedule.bank, WORKER)),
     )
 
 
@@ -110,7 +110,7 @@ def head_training(
         batch_at=batch_at,
         schedule=schedule,
         optimiser=optax.adamw(learning_rate, weight_decay=0.01),
-        mixing=gossip.gosgd(schedule.bank, WORKER),
+        mixing=gossip.gosgd(gossip.Exchange(schedule.bank, WORKER)),
     )
 
 
