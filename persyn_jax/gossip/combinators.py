@@ -37,7 +37,7 @@ def chain(*rules: MixingTransformation) -> MixingTransformation:
             rules, mix_states, _rounds(round, len(rules)), strict=True
         ):
             params, state = rule.update(updates, state, params, own_round)
-            updates = jax.tree.map(jnp.zeros_like, updates)
+            updates = _zero_if_finite(updates)
             states.append(state)
         return params, tuple(states)
 
@@ -199,7 +199,8 @@ def delayed(
     exchange does not wait for the gradient, so the two can overlap ("combine then adapt"; over
     `d_psgd` it is D-PSGD as printed). Each further round holds one more copy of the parameters.
 
-    A worker whose update is not finite drops it; its message was about the past, and goes out.
+    A worker whose update is not finite drops it; its message was about the past, and goes out if
+    that was finite.
     Raises ValueError: negative rounds.
     """
     if rounds < 0:
@@ -208,8 +209,7 @@ def delayed(
     def update(updates, mix_state, params, round):
         history = (*mix_state.past, params)
         past = history[0]
-        nothing = jax.tree.map(jnp.zeros_like, updates)
-        mixed, inner = rule.update(nothing, mix_state.inner, past, round)
+        mixed, inner = rule.update(_zero_if_finite(past), mix_state.inner, past, round)
         stepped, _ = local_step(updates, params, round, exchange)
         params = jax.tree.map(lambda x, m, p: x + (m - p), stepped, mixed, past)
         return params, DelayedState(inner, history[1:])
@@ -236,8 +236,8 @@ def in_dtype(dtype: Any, rule: Rule, exchange: Exchange) -> MixingTransformation
     A worker that sends m_i = Q(x_i) steps by gain (m_j - m_i), so an exchange between two leaves
     their sum alone. int8 comes with error feedback (Seide et al. 2014; in this form DeepSqueeze,
     Tang et al. 2019, arXiv 1907.07346): m_i = Q(x_i + e_i), e_i <- x_i + e_i - m_i. It is for rules
-    that end in `mix` of the parameters as they are: `gosgd`, `d_psgd`, `peer_average`. An exact
-    mean is not rounded; in rounds that have one, e_i waits.
+    that end in `mix` of the parameters as they are: `gosgd`, `d_psgd`, `peer_average`. e_i waits in
+    rounds in which nobody sends, and in those with an exact mean, which is not rounded.
 
     Weights are float32 always. Raises ValueError: another dtype.
     """
@@ -248,15 +248,15 @@ def in_dtype(dtype: Any, rule: Rule, exchange: Exchange) -> MixingTransformation
         return inner
 
     def update(updates, mix_state, params, round):
-        waits = jnp.asarray(round.average)
-        residual = jax.tree.map(lambda leaf: jnp.where(waits, 0, leaf), mix_state.residual)
+        is_busy = (jnp.asarray(round.weight_KW) > 0).any() & ~jnp.asarray(round.average)
+        feeds_back = is_busy & mine(round.present_W, exchange)
+        residual = jax.tree.map(lambda leaf: jnp.where(feeds_back, leaf, 0), mix_state.residual)
         owed = jax.tree.map(jnp.add, params, residual)
         said, _ = local_step(updates, owed, round, exchange)
         mixed, inner_state = inner.update(updates, mix_state.inner, owed, round)
         params = jax.tree.map(jnp.subtract, mixed, residual)
         left = jax.tree.map(lambda leaf: leaf - rounded(leaf, dtype), said)
-        spoke = (jnp.asarray(round.weight_KW) > 0).any() & mine(round.present_W, exchange) & ~waits
-        return params, FeedbackState(inner_state, select(spoke, left, mix_state.residual))
+        return params, FeedbackState(inner_state, select(feeds_back, left, mix_state.residual))
 
     return MixingTransformation(
         lambda params: FeedbackState(inner.init(params), jax.tree.map(jnp.zeros_like, params)),
@@ -272,6 +272,11 @@ def _rounds(round: Any, count: int) -> tuple[Round, ...]:
     if len(round) != count:
         raise ValueError(f"{count} rules need one round or {count}, got {len(round)}")
     return tuple(round)
+
+
+def _zero_if_finite(tree: Params) -> Params:
+    """An update of zero for the next rule, but NaN where it must know that a worker is not well."""
+    return jax.tree.map(lambda leaf: 0 * leaf, tree)
 
 
 def _silenced(round: Round, is_due: Array) -> Round:

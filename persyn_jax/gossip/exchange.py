@@ -22,7 +22,7 @@ The ways:
     dense     `Dense`: one all-gather and a matrix product; under vmap the matrix product alone.
 """
 
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple, TypeVar
 
 import chex
@@ -48,8 +48,8 @@ class Exchange(NamedTuple):
     axis_name: str
     """The mesh axis (or vmapped axis) of the workers."""
     inner_axes: tuple[str, ...] = ()
-    """The mesh axes over which each worker is itself sharded. Shards meet shards; only the one bit
-    that says whether an update is finite goes across these axes."""
+    """The mesh axes over which each worker is itself sharded. Shards meet shards; only scalars go
+    across these axes: whether an update is finite, and the distance to the partners."""
     dtype: Any = None
     """What parameters travel as: None for their own dtype, `jnp.bfloat16`, or `jnp.int8`.
     Weights are always float32. See `in_dtype`, which adds error feedback."""
@@ -166,16 +166,17 @@ def mix(
     two workers still leave their sum alone.
 
     Donated parameters are mixed in place, with temporary memory of a few fragments. Arrays are cut
-    along rows (the last axis stays whole, which keeps their layout), and those with rows of one
-    shape and dtype share a message: one collective-permute a branch for each such group, and one
-    more where the rows do not divide evenly. (On one device there is no message to share, and every
-    array is cut on its own.) A round in which nobody sends does no work at all.
+    along rows (the last axis stays whole, which keeps their layout), and those that are sharded
+    alike and have rows of one shape and dtype share a message: one collective-permute a branch for
+    each such group, and one more where the rows do not divide evenly. (On one device there is no
+    message to share, and every array is cut on its own.) A round in which nobody sends does no work
+    at all.
     """
     chex.assert_shape(gain_K, round.branch_K.shape)
     leaves, structure = jax.tree.flatten(params)
     groups: dict[Any, list[int]] = {}
     for index, leaf in enumerate(leaves):
-        group = index if exchange.one_device else (leaf.dtype, _row_shape(leaf))
+        group = index if exchange.one_device else (leaf.dtype, _row_shape(leaf), _axes(leaf))
         groups.setdefault(group, []).append(index)
     merge = partial(_merge, gain_K=gain_K, round=round, exchange=exchange, scale=scale)
     measures = not exchange.one_device or isinstance(exchange.bank, Dense)
@@ -188,7 +189,7 @@ def mix(
         else:
             mixed, part = _merge_group(group, exchange, round.branch_K[0], merge)
             parts = [part]
-        distance += sum(jnp.sum(part) for part in parts)
+        distance += _over_shards(reduce(jnp.add, map(jnp.sum, parts)), exchange)
         for index, leaf in zip(indices, mixed, strict=True):
             leaves[index] = leaf
     return jax.tree.unflatten(structure, leaves), distance if measures else jnp.float32(jnp.nan)
@@ -228,6 +229,17 @@ def _merge(own: jax.Array, *, gain_K, round: Round, exchange: Exchange, scale):
 def _column_sums(leaf: jax.Array) -> jax.Array:
     """Over all rows. XLA's CPU adds along columns eight at a time, but a whole array one by one."""
     return leaf.reshape(-1, *_row_shape(leaf)).sum(axis=0)
+
+
+def _over_shards(part: jax.Array, exchange: Exchange) -> jax.Array:
+    """Summed over the shards of a worker, but not over those that hold the same numbers."""
+    unlike = tuple(axis for axis in exchange.inner_axes if axis in _axes(part))
+    return lax.psum(part, unlike) if unlike else part
+
+
+def _axes(leaf: jax.Array) -> frozenset[str]:
+    """The mesh axes over which the leaf is sharded, inside `shard_map`."""
+    return jax.typeof(leaf).manual_axis_type.varying
 
 
 def _no_distance(leaf: jax.Array) -> jax.Array:

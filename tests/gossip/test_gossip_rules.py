@@ -1,291 +1,176 @@
-import doctest
-from functools import cache
+"""Every rule against the NumPy oracle, over 50 rounds of random schedules with all faults."""
 
-import chex
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
-from gossip_layouts import on_a_device_each, on_one_device
+from gossip_cases import random_schedule
+from gossip_layouts import QUICK, on_one_device, over_rounds
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from persyn_jax import gossip
-from persyn_jax.gossip import GoSGDState, Round, gosgd, gosgd_schedule, no_mixing
-from persyn_jax.mesh import WORKER, make_mesh
+from persyn_jax.gossip import Exchange, MixingTransformation, Schedule, bank_of
+from persyn_jax.gossip.contrib import d2
+from persyn_jax.mesh import WORKER
 
-several_workers = pytest.mark.parametrize("workers", [2, 4, 8])
-
-
-@cache
-def gosgd_step(workers, layout=on_one_device):
-    mixing = gosgd(gosgd_schedule(workers, 0, 0.5, 0).bank, WORKER)
-    return layout(mixing.update) if layout is on_one_device else layout(mixing.update, workers)
+ROUNDS, SLOTS, DIMENSION = 50, 2, 5
 
 
-def start(workers, seed=0, dimension=5):
-    """Workers that start different, with sum weights that differ."""
-    generator = np.random.default_rng(seed)
-    params_W = {
-        "kernel": generator.normal(size=(workers, 3, dimension)).astype(np.float32),
-        "bias": generator.normal(size=(workers, dimension)).astype(np.float32),
-    }
-    sum_weight_W = generator.dirichlet(np.full(workers, 5.0)).astype(np.float32)
-    return params_W, GoSGDState(sum_weight_W)
+class Rule(NamedTuple):
+    """A rule of the library, the same in the oracle, and where both keep what."""
+
+    ours: Callable[[Exchange], MixingTransformation]
+    theirs: Callable[..., dict]
+    hyper: dict[str, float]
+    state: dict[str, Callable[[Any], Any]]
+    """Of each name beside "params" in the oracle's result: where the rule's state holds it."""
+    same_start: bool = False
+    """Whether all workers must start from the same parameters."""
 
 
-def zeros(params_W):
-    return jax.tree.map(jnp.zeros_like, params_W)
+WEIGHTS = {"weights": lambda state: state.sum_weight}
+CENTRE = {"centre": lambda state: state.centre["x"][0]}
+RESIDUAL = {"residual": lambda state: state.residual["x"]}
 
+RULES = {
+    "gosgd": Rule(gossip.gosgd, oracle.gosgd, {}, WEIGHTS),
+    "push_sum": Rule(gossip.push_sum, oracle.push_sum, {}, WEIGHTS),
+    "d_psgd": Rule(gossip.d_psgd, oracle.d_psgd, {}, {}),
+    "delayed by 0": Rule(
+        lambda e: gossip.delayed(gossip.d_psgd(e), e), oracle.d_psgd_before, {}, {}
+    ),
+    "delayed by 2": Rule(
+        lambda e: gossip.delayed(gossip.d_psgd(e), e, rounds=2),
+        oracle.d_psgd_delayed,
+        {"k": 2},
+        {},
+    ),
+    "in int8": Rule(
+        lambda e: gossip.in_dtype(jnp.int8, gossip.d_psgd, e), oracle.d_psgd_int8, {}, RESIDUAL
+    ),
+    "peer_average": Rule(
+        lambda e: gossip.peer_average(e, rate=0.3), oracle.levanter_pull, {"m": 0.3}, {}
+    ),
+    "d2": Rule(d2, oracle.d2, {}, {}),
+    "all_reduce": Rule(gossip.all_reduce, oracle.all_reduce, {}, {}),
+    "no_mixing": Rule(gossip.no_mixing, oracle.no_mixing, {}, {}),
+    "easgd": Rule(
+        lambda e: gossip.easgd(e, moving_rate=0.1),
+        oracle.easgd,
+        {"moving_rate": 0.1},
+        CENTRE,
+        same_start=True,
+    ),
+    "downpour": Rule(gossip.downpour, oracle.downpour, {}, CENTRE, same_start=True),
+    "slowmo": Rule(
+        lambda e: gossip.slowmo(e, momentum=0.5, learning_rate=0.7, inner_learning_rate=0.1),
+        oracle.slowmo,
+        {"beta": 0.5, "lr": 0.7, "inner_lr": 0.1},
+        {},
+    ),
+    "diloco": Rule(gossip.diloco, oracle.diloco, {"lr": 0.7, "momentum": 0.9}, {}),
+    "noloco": Rule(
+        lambda e: gossip.noloco(e, momentum=0.5, learning_rate=0.7),
+        oracle.noloco,
+        {"beta": 0.5, "alpha_lr": 0.7},
+        {},
+    ),
+    "gasloc": Rule(lambda e: gossip.gasloc(e, momentum=0.4), oracle.gasloc, {"gamma": 0.4}, {}),
+}
+PROGRAMS = [
+    (2, "bank", "float64"),
+    (3, "matrix", "float64"),
+    (5, "bank", "float64"),
+    (8, "matrix", "float64"),
+    (4, "matrix", "float32"),
+]
+TOLERANCE = {"float64": 1e-12, "float32": 1e-5}
+QUANTUM = 0.05
+"""In float32, a number near the middle between two int8 may be rounded to either."""
 
-def weighted_sum(params_W, state_W):
-    """sum_m alpha_m x_m in float64, all arrays in one vector."""
-    alpha_W = np.asarray(state_W.sum_weight, np.float64)
-    leaves_W = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(params_W)]
-    return np.concatenate([np.tensordot(alpha_W, leaf_W, 1).ravel() for leaf_W in leaves_W])
-
-
-def gosgd_oracle(x_WN, alpha_W, updates_WN, push_W, receivers_W):
-    """One round of Algorithms 1 and 2 of GoSGD with their queues, in NumPy."""
-    x, alpha = x_WN.copy(), alpha_W.copy()
-    queues: list[list[tuple]] = [[] for _ in x]
-    for i in range(len(x)):
-        x[i] = x[i] + updates_WN[i]
-        if push_W[i]:
-            alpha[i] = alpha[i] / 2
-            queues[receivers_W[i]].append((x[i].copy(), alpha[i]))
-    for i, queue in enumerate(queues):
-        for x_j, alpha_j in queue:
-            x[i] = alpha_j / (alpha[i] + alpha_j) * x_j + alpha[i] / (alpha[i] + alpha_j) * x[i]
-            alpha[i] = alpha_j + alpha[i]
-    return x, alpha
-
-
-@settings(max_examples=15)
-@given(
-    workers=st.sampled_from([2, 3, 4, 5, 8]),
-    probability=st.floats(0.05, 1),
-    seed=st.integers(0, 2**31),
+rates = st.fixed_dictionaries(
+    {fault: st.floats(0, 0.5) for fault in ("idle", "dropped", "average", "absent", "late")}
 )
-def test_fifty_rounds_agree_with_the_papers_algorithm(workers, probability, seed):
-    schedule = gosgd_schedule(workers, 50, probability, seed)
-    generator = np.random.default_rng(seed)
-    x = x_WN = generator.normal(size=(workers, 7)).astype(np.float32)
-    alpha = np.full(workers, 1 / workers)
-    params_W = {"x": x_WN}
-    state_W = jax.vmap(gosgd(schedule.bank, WORKER).init)(params_W)
-    for t in range(50):
-        updates_WN = (0.1 * generator.normal(size=(workers, 7))).astype(np.float32)
-        receivers_W = schedule.bank.receivers[schedule.branches_T[t]]
-        x, alpha = gosgd_oracle(
-            x.astype(np.float64), alpha, updates_WN, schedule.push_TW[t], receivers_W
+
+
+@functools.cache
+def bank_for(workers):
+    rng = np.random.default_rng(workers)
+    return bank_of(np.array([rng.permutation(workers) for _ in range(4)]))[0]
+
+
+@functools.cache
+def program(name, bank):
+    rule = RULES[name].ours(Exchange(bank, WORKER))
+    return rule, on_one_device(over_rounds(rule.update), compiler_options=QUICK)
+
+
+def oracle_rounds(schedule: Schedule) -> list[oracle.OracleRound]:
+    return [
+        oracle.OracleRound(
+            index=t,
+            sync=bool(schedule.sync_T[t]),
+            average=bool(schedule.average_T[t]),
+            edges=schedule.edges(t),
+            steps_W=schedule.steps_TW[t],
+            present_W=schedule.present_TW[t],
         )
-        params_W, state_W = gosgd_step(workers)(
-            {"x": updates_WN}, state_W, params_W, schedule.round(t)
-        )
-        np.testing.assert_allclose(params_W["x"], x, rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(state_W.sum_weight, alpha, atol=(t + 1) * 2.0**-24)  # a unit
-    np.testing.assert_allclose(schedule.sum_weights()[-1], alpha, rtol=1e-12)
+        for t in range(schedule.rounds)
+    ]
 
 
-@several_workers
-def test_sum_weights_total_1_at_every_step_while_they_differ(workers):
-    schedule = gosgd_schedule(workers, 10_000, 0.4, seed=1)
-    mixing = gosgd(schedule.bank, WORKER)
-    update = jax.vmap(mixing.update, in_axes=(0, 0, 0, None), axis_name=WORKER)
-    params_W, _ = start(workers)
-    state_W = jax.vmap(mixing.init)(params_W)
-    np.testing.assert_array_equal(state_W.sum_weight, np.full(workers, 1 / workers, np.float32))
-
-    def step(carry, row):
-        params_W, state_W = update(zeros(carry[0]), carry[1], carry[0], row)
-        return (params_W, state_W), state_W.sum_weight
-
-    rows = Round(schedule.branches_T, schedule.push_TW)  # the whole table is data to one scan
-    _, sum_weight_TW = jax.lax.scan(step, (params_W, state_W), rows)
-    assert sum_weight_TW.dtype == jnp.float32
-    np.testing.assert_array_equal(np.asarray(sum_weight_TW, np.float64).sum(axis=1), 1.0)
-    assert (np.ptp(sum_weight_TW, axis=1) > 0).mean() > 0.5
-    assert (np.asarray(sum_weight_TW) > 0).all()
-
-
-@pytest.mark.parametrize("workers", [3, 5, 7])
-def test_sum_weights_of_any_number_of_workers_total_1(workers):
-    mixing = gosgd(gossip.shift_bank(workers), WORKER)
-    sum_weight_W = jax.vmap(mixing.init)(np.zeros(workers)).sum_weight
-    np.testing.assert_allclose(np.asarray(sum_weight_W, np.float64).sum(), 1, atol=1e-6)
-
-
-@several_workers
-def test_an_exchange_leaves_the_weighted_sum_where_it_is(workers):
-    schedule = gosgd_schedule(workers, 30, 0.5, seed=2)
-    params_W, state_W = start(workers)
-    for t in range(schedule.rounds):
-        before = weighted_sum(params_W, state_W)
-        params_W, state_W = gosgd_step(workers)(
-            zeros(params_W), state_W, params_W, schedule.round(t)
-        )
-        # Float32 rounding of numbers of order 1; the schedule's matrices hold it to 1e-12.
-        np.testing.assert_allclose(weighted_sum(params_W, state_W), before, atol=1e-6)
-
-
-@several_workers
-def test_without_updates_different_starts_meet_at_their_weighted_mean(workers):
-    schedule = gosgd_schedule(workers, 300, 0.5, seed=3)
-    params_W, state_W = start(workers)
-    target = gossip.weighted_mean_stacked(params_W, state_W.sum_weight)
-    plain = gossip.weighted_mean_stacked(params_W, np.ones(workers))
-    assert (
-        np.abs(target["kernel"] - plain["kernel"]).max() > 0.01
-    )  # a mean that ignores weights fails
-    for t in range(schedule.rounds):
-        params_W, state_W = gosgd_step(workers)(
-            zeros(params_W), state_W, params_W, schedule.round(t)
-        )
-    for name, leaf in target.items():
-        np.testing.assert_allclose(
-            params_W[name], np.broadcast_to(leaf, (workers, *leaf.shape)), atol=1e-5
-        )
-
-
-@pytest.mark.parametrize("workers", [2, 3, 4, 8])
-def test_one_device_and_a_device_each_agree_bitwise(workers):
-    schedule = gosgd_schedule(workers, 30, 0.5, seed=4)
-    generator = np.random.default_rng(4)
-    one = each = start(workers)
-    for t in range(schedule.rounds):
-        updates_W = jax.tree.map(
-            lambda leaf: generator.normal(size=leaf.shape).astype(np.float32), one[0]
-        )
-        one = gosgd_step(workers)(updates_W, one[1], one[0], schedule.round(t))
-        each = gosgd_step(workers, on_a_device_each)(updates_W, each[1], each[0], schedule.round(t))
-        chex.assert_trees_all_equal(one, each)
-
-
-@pytest.mark.parametrize("workers", [2, 3, 4, 8])
-def test_pushing_unit_vectors_rebuilds_the_mixing_matrix(workers):
-    schedule = gosgd_schedule(workers, 20, 0.5, seed=5)
-    _, state_W = start(workers)
-    eye_WW = np.eye(workers, dtype=np.float32)
-    for t in range(schedule.rounds):
-        matrix_WW = schedule.mixing_matrix(t, np.asarray(state_W.sum_weight, np.float64))
-        mixed_WW, state_W = gosgd_step(workers)(
-            np.zeros_like(eye_WW), state_W, eye_WW, schedule.round(t)
-        )
-        np.testing.assert_allclose(mixed_WW, matrix_WW, atol=1e-6)
-
-
-def test_two_hundred_rounds_run_in_one_compiled_program():
-    workers = 4
-    mesh = make_mesh(workers)
-    schedule = gosgd_schedule(workers, 200, 0.3, seed=6)
-    assert set(schedule.branches_T) == {0, 1, 2, 3}
-    step = on_a_device_each(gosgd(schedule.bank, WORKER).update, workers, donate_argnums=(1, 2))
-    params_W, state_W = jax.device_put(start(workers), NamedSharding(mesh, P(WORKER)))
-    updates_W = jax.device_put(zeros(params_W), NamedSharding(mesh, P(WORKER)))
-    for t in range(schedule.rounds):
-        row = jax.device_put(schedule.round(t), NamedSharding(mesh, P()))
-        params_W, state_W = step(updates_W, state_W, params_W, row)
-    assert step._cache_size() == 1
-
-
-def test_a_silent_round_only_applies_the_update():
-    silent = gosgd_schedule(4, 1, 0.0, seed=0).round(0)
-    params_W, state_W = start(4)
-    updates_W, _ = start(4, seed=1)
-    expected_W = jax.tree.map(np.add, params_W, updates_W)
-    for layout in (on_one_device, on_a_device_each):
-        mixed_W, mixed_state_W = gosgd_step(4, layout)(updates_W, state_W, params_W, silent)
-        chex.assert_trees_all_equal(mixed_W, expected_W)
-        chex.assert_trees_all_equal(mixed_state_W, state_W)
-
-
-@pytest.mark.parametrize("layout", [on_one_device, on_a_device_each])
-@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
-def test_a_worker_with_a_bad_update_drops_it_and_does_not_push(poison, layout):
-    workers, bad = 4, 2
-    schedule = gosgd_schedule(workers, 50, 0.7, seed=7)
-    t = int(np.flatnonzero(schedule.push_TW[:, bad])[0])
-    row = schedule.round(t)
-    params_W, state_W = start(workers)
-    updates_W, _ = start(workers, seed=1)
-    poisoned_W, clean_W = (jax.tree.map(np.copy, updates_W) for _ in range(2))
-    poisoned_W["bias"][bad, 0] = poison
-    for leaf_W in clean_W.values():
-        leaf_W[bad] = 0
-    no_coin = Round(row.branch, np.where(np.arange(workers) == bad, False, row.push_W))
-
-    step = gosgd_step(workers, layout)
-    actual = step(poisoned_W, state_W, params_W, row)
-    chex.assert_trees_all_equal(actual, step(clean_W, state_W, params_W, no_coin))
-    assert all(np.isfinite(leaf_W).all() for leaf_W in jax.tree.leaves(actual))
-    np.testing.assert_allclose(actual[1].sum_weight.sum(), 1, atol=1e-6)
-
-
-def test_a_worker_that_is_lost_in_nan_infects_nobody():
-    # Its gradients are NaN as well; its messages travel, with no weight.
-    workers, lost = 4, 1
-    schedule = gosgd_schedule(workers, 50, 1.0, seed=8)
-    params_W, state_W = start(workers)
-    params_W["kernel"][lost] = np.nan
-    updates_W = jax.tree.map(np.zeros_like, params_W)
-    updates_W["bias"][lost] = np.nan
-    for t in range(schedule.rounds):
-        params_W, state_W = gosgd_step(workers)(updates_W, state_W, params_W, schedule.round(t))
-    healthy = np.arange(workers) != lost
-    assert np.isfinite(np.asarray(params_W["kernel"])[healthy]).all()
-    np.testing.assert_allclose(state_W.sum_weight.sum(), 1, atol=1e-6)
-
-
-def test_parameters_keep_their_dtype_and_weights_stay_float32():
-    params_W = {"half": jnp.ones((4, 3), jnp.bfloat16), "single": jnp.ones((4, 3))}
-    state_W = jax.vmap(gosgd(gosgd_schedule(4, 0, 0.5, 0).bank, WORKER).init)(params_W)
-    row = gosgd_schedule(4, 1, 1.0, seed=0).round(0)
-    mixed_W, mixed_state_W = gosgd_step(4)(params_W, state_W, params_W, row)
-    chex.assert_trees_all_equal_shapes_and_dtypes((mixed_W, mixed_state_W), (params_W, state_W))
-
-
-def test_one_worker_alone_just_takes_its_steps():
-    params_W, _ = start(1)
-    updates_W, _ = start(1, seed=1)
-    schedule = gosgd_schedule(1, 3, 1.0, seed=0)
-    state_W = jax.vmap(gosgd(schedule.bank, WORKER).init)(params_W)
-    mixed_W, mixed_state_W = gosgd_step(1, on_a_device_each)(
-        updates_W, state_W, params_W, schedule.round(0)
+def make_data(workers, seed, poison, same_start):
+    """Parameters [W, D] and updates [T, W, D], some of them not finite."""
+    rng = np.random.default_rng([seed, 1])
+    x0_WD = rng.normal(size=(workers, DIMENSION))
+    updates_TWD = 0.3 * rng.normal(size=(ROUNDS, workers, DIMENSION))
+    bad_TW = rng.random((ROUNDS, workers)) < poison
+    updates_TWD[bad_TW, rng.integers(DIMENSION, size=bad_TW.sum())] = rng.choice(
+        [np.nan, np.inf, -np.inf], size=bad_TW.sum()
     )
-    chex.assert_trees_all_equal(mixed_W, jax.tree.map(np.add, params_W, updates_W))
-    np.testing.assert_array_equal(mixed_state_W.sum_weight, [1.0])
+    if same_start:
+        x0_WD = np.tile(x0_WD[0], (workers, 1))
+    return x0_WD, updates_TWD
 
 
-def test_no_mixing_adds_the_updates_whatever_the_coins_say():
-    mixing = no_mixing()
-    params_W, _ = start(4)
-    updates_W, _ = start(4, seed=1)
-    state_W = jax.vmap(mixing.init)(params_W)
-    row = gosgd_schedule(4, 1, 1.0, seed=0).round(0)
-    for run in (on_one_device(mixing.update), on_a_device_each(mixing.update, 4)):
-        mixed_W, _ = run(updates_W, state_W, params_W, row)
-        chex.assert_trees_all_equal(mixed_W, jax.tree.map(np.add, params_W, updates_W))
-
-
-@pytest.mark.parametrize("mixing", [gosgd(gossip.xor_bank(2), WORKER), no_mixing()])
-def test_the_gradient_is_taken_at_the_parameters(mixing):
-    params = {"x": jnp.arange(3.0)}
-    chex.assert_trees_all_equal(mixing.evaluate_at(params, mixing.init(params)), params)
-
-
-def test_the_compiled_step_permutes_and_gathers_nothing():
-    params_W, state_W = start(8)
-    row = gosgd_schedule(8, 1, 1.0, seed=0).round(0)
-    step = gosgd_step(8, on_a_device_each)
-    text = step.lower(zeros(params_W), state_W, params_W, row).compile().as_text()
-    assert "collective-permute" in text
-    assert "all-gather" not in text
-    assert "all-to-all" not in text
-
-
-def test_the_example_of_the_package_runs():
-    assert doctest.testmod(gossip).attempted > 5
-    assert doctest.testmod(gossip).failed == 0
+@pytest.mark.parametrize(("workers", "mode", "dtype"), PROGRAMS)
+@pytest.mark.parametrize("name", RULES)
+@settings(max_examples=6)
+@given(seed=st.integers(0, 2**31), poison=st.floats(0, 0.5), rates=rates)
+def test_fifty_rounds_agree_with_the_papers(name, workers, mode, dtype, seed, poison, rates):
+    case = RULES[name]
+    schedule = random_schedule(bank_for(workers), ROUNDS, SLOTS, seed, **rates)
+    if mode == "matrix":
+        schedule = schedule.dense()
+    x0_WD, updates_TWD = make_data(workers, seed, poison, case.same_start)
+    x0_WD, updates_TWD = x0_WD.astype(dtype), updates_TWD.astype(dtype)
+    hyper = dict(case.hyper)
+    with jax.enable_x64(dtype == "float64"):
+        rule, run = program(name, schedule.bank if mode == "bank" else gossip.Dense(workers))
+        if name == "gosgd":
+            hyper["unit"] = gossip.sum_weight_unit()
+        params_W = {"x": x0_WD[:, None]}
+        updates_WT = {"x": updates_TWD.swapaxes(0, 1)[:, :, None]}
+        state_W = jax.vmap(rule.init)(params_W)
+        params_WT, state_WT = run(params_W, state_W, updates_WT, schedule.table())
+    expected = case.theirs(x0_WD, updates_TWD, oracle_rounds(schedule), **hyper)
+    actual = {"params": params_WT["x"]} | {key: of(state_WT) for key, of in case.state.items()}
+    tolerance = QUANTUM if (name, dtype) == ("in int8", "float32") else TOLERANCE[dtype]
+    assert params_WT["x"].dtype == dtype
+    for key, expected_T in expected.items():
+        actual_T = np.asarray(actual[key], np.float64)
+        if key != "centre":
+            actual_T = actual_T.swapaxes(0, 1)
+        np.testing.assert_allclose(
+            actual_T.reshape(expected_T.shape),
+            expected_T,
+            rtol=0,
+            atol=tolerance * max(1, np.abs(expected_T).max()),
+            err_msg=key,
+        )

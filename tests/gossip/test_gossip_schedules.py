@@ -1,135 +1,234 @@
+"""Banks and tables: what they say, and what they refuse."""
+
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from gossip_cases import random_schedule
 from hypothesis import given
 from hypothesis import strategies as st
 
 from persyn_jax.gossip import (
     Bank,
-    Schedule,
-    expected_gosgd_matrix,
+    Dense,
+    Law,
+    Rows,
+    bank_of,
+    cycle,
+    draw,
     gosgd_schedule,
     shift_bank,
     xor_bank,
 )
+from persyn_jax.gossip.schedules import packed
 
 BANKS = [xor_bank(w) for w in (1, 2, 4, 8, 16)] + [shift_bank(w) for w in range(1, 10)]
 
 
+# Banks.
+
+
 @pytest.mark.parametrize("bank", BANKS, ids=lambda bank: f"{bank.workers}")
 def test_over_the_branches_everyone_sends_to_everyone_exactly_once(bank):
-    sends = [(sender, receiver) for row in bank.receivers for sender, receiver in enumerate(row)]
+    sends = [(sender, receiver) for row in bank.receivers_BW for sender, receiver in enumerate(row)]
     assert sorted(sends) == list(itertools.product(range(bank.workers), repeat=2))
-    assert bank.receivers[0] == tuple(range(bank.workers))
-    assert all(
-        receiver != sender for row in bank.receivers[1:] for sender, receiver in enumerate(row)
-    )
+    np.testing.assert_array_equal(bank.receivers_BW[0], np.arange(bank.workers))
+    for receivers_W, senders_W in zip(bank.receivers_BW, bank.senders_BW, strict=True):
+        np.testing.assert_array_equal(senders_W[receivers_W], np.arange(bank.workers))
 
 
-@given(
-    workers=st.integers(1, 9),
-    rounds=st.integers(0, 40),
-    more=st.integers(0, 40),
-    probability=st.floats(0, 1),
-    seed=st.integers(0, 2**31),
+@pytest.mark.parametrize(
+    ("make", "receiver", "workers"),
+    [
+        (xor_bank, np.bitwise_xor, 128),
+        (xor_bank, np.bitwise_xor, 256),
+        (shift_bank, lambda w, k: (w + k) % 100, 100),
+        (shift_bank, lambda w, k: (w + k) % 65, 65),
+    ],
 )
-def test_a_longer_schedule_begins_with_the_shorter_one(workers, rounds, more, probability, seed):
-    short = gosgd_schedule(workers, rounds, probability, seed)
-    long = gosgd_schedule(workers, rounds + more, probability, seed)
-    np.testing.assert_array_equal(short.branches_T, long.branches_T[:rounds])
-    np.testing.assert_array_equal(short.push_TW, long.push_TW[:rounds])
+def test_large_banks_are_made_of_two_small_ones(make, receiver, workers):
+    bank = make(workers)
+    w, k = np.arange(workers), np.arange(workers)[:, None]
+    np.testing.assert_array_equal(bank.receivers_BW[:workers], receiver(w, k))
+    high, low = bank.digits
+    assert high.branches + low.branches < 3 * np.sqrt(workers)
+    for branch in range(workers):
+        one_after_the_other = high.receivers_BW[branch // low.branches][
+            low.receivers_BW[branch % low.branches]
+        ]
+        np.testing.assert_array_equal(bank.receivers_BW[branch], one_after_the_other)
+
+
+@given(st.integers(1, 7), st.integers(0, 6), st.integers(0, 2**31))
+def test_the_bank_of_permutations_has_each_of_them_once(workers, count, seed):
+    rng = np.random.default_rng(seed)
+    permutations = np.array([rng.permutation(workers) for _ in range(2 * count)], np.int32)
+    permutations = permutations.reshape(count, 2, workers)
+    bank, branches = bank_of(permutations)
+    np.testing.assert_array_equal(bank.receivers_BW[branches], permutations)
+    np.testing.assert_array_equal(bank.receivers_BW[0], np.arange(workers))
+    assert len(np.unique(bank.receivers_BW, axis=0)) == bank.branches
+
+
+# Tables and their matrices.
+
+
+def equal_weights(schedule):
+    return np.full(schedule.workers, 1 / schedule.workers)
+
+
+tables = st.builds(
+    random_schedule,
+    bank=st.sampled_from([xor_bank(4), shift_bank(5), shift_bank(8)]),
+    rounds=st.just(6),
+    slots=st.integers(1, 3),
+    seed=st.integers(0, 2**31),
+    dropped=st.floats(0, 0.5),
+    average=st.floats(0, 0.5),
+    absent=st.floats(0, 0.5),
+)
+
+
+@given(tables)
+def test_matrices_move_what_the_edges_say(schedule):
+    """Both readings of a row, edge by edge, after the mean of those who are there."""
+    eye_WW = np.eye(schedule.workers)
+    for t in range(schedule.rounds):
+        pull_WW, push_WW, mean_WW = eye_WW.copy(), eye_WW.copy(), eye_WW.copy()
+        for receiver, sender, weight in schedule.edges(t):
+            pull_WW[receiver] += weight * (eye_WW[sender] - eye_WW[receiver])
+            push_WW[:, sender] += weight * (eye_WW[receiver] - eye_WW[sender])
+        present_W = schedule.present_TW[t]
+        if schedule.average_T[t] and present_W.any():
+            mean_WW[present_W] = present_W / present_W.sum()
+        np.testing.assert_allclose(schedule.pull_matrix(t), pull_WW @ mean_WW, atol=1e-12)
+        np.testing.assert_allclose(schedule.push_matrix(t), push_WW @ mean_WW, atol=1e-12)
+        assert len(schedule.edges(t)) == schedule.messages()[t]
+
+
+@given(tables)
+def test_sum_weight_matrices_average_and_conserve_the_weighted_sum(schedule):
+    weights_TW = schedule.sum_weights()
+    np.testing.assert_allclose(weights_TW.sum(axis=1), 1, rtol=1e-12)
+    np.testing.assert_array_equal(weights_TW[0], equal_weights(schedule))
+    for t in range(schedule.rounds):
+        matrix_WW = schedule.sum_weight_matrix(t, weights_TW[t])
+        assert (matrix_WW >= 0).all()
+        np.testing.assert_allclose(matrix_WW.sum(axis=1), 1, rtol=1e-12)
+        # alpha' K x = alpha x for every x: a push moves mass and makes none.
+        np.testing.assert_allclose(weights_TW[t + 1] @ matrix_WW, weights_TW[t], atol=1e-12)
+
+
+@given(tables)
+def test_the_matrix_mode_says_the_same(schedule):
+    dense = schedule.dense()
+    assert dense.bank == Dense(schedule.workers)
+    assert dense.dense() is dense
+    for t in range(schedule.rounds):
+        np.testing.assert_allclose(dense.pull_matrix(t), schedule.pull_matrix(t), atol=1e-12)
+        np.testing.assert_allclose(dense.push_matrix(t), schedule.push_matrix(t), atol=1e-12)
+        assert {edge[:2] for edge in dense.edges(t)} == {edge[:2] for edge in schedule.edges(t)}
+    for name in ("average_T", "sync_T", "steps_TW", "present_TW"):
+        np.testing.assert_array_equal(getattr(dense, name), getattr(schedule, name))
+
+
+def test_rounds_are_rows_of_the_table():
+    schedule = random_schedule(shift_bank(4), 30, 2, seed=0, average=0.3, absent=0.2, late=0.2)
+    table = schedule.table()
+    np.testing.assert_array_equal(table.index, np.arange(30))
+    for t in range(30):
+        row = schedule.round(t)
+        for name in row._fields:
+            np.testing.assert_array_equal(getattr(row, name), getattr(table, name)[t])
+        assert (row.index.dtype, row.branch_K.dtype) == (np.int32, np.int32)
+        np.testing.assert_array_equal(row.weight_KW, schedule.weights_TKW[t])
+        np.testing.assert_array_equal(row.present_W, schedule.present_TW[t])
+        np.testing.assert_array_equal(row.steps_W, schedule.steps_TW[t])
+        assert (row.sync, row.average) == (schedule.sync_T[t], schedule.average_T[t])
+
+
+# Schedules that repeat, and schedules that are drawn.
+
+ROWS = Rows(
+    branches_SK=np.array([[1, 2], [3, 0], [0, 2]], np.int32),
+    weights_SKW=np.random.default_rng(0).uniform(0.1, 0.5, (3, 2, 4)),
+    average_S=np.array([False, True, False]),
+)
+
+
+def test_slots_in_use_come_first_and_unused_ones_are_the_identity():
+    weights_SKW = ROWS.weights_SKW.copy()
+    weights_SKW[0, 0] = weights_SKW[1, 1] = weights_SKW[2, 0] = 0
+    rows = packed(ROWS._replace(weights_SKW=weights_SKW))
+    np.testing.assert_array_equal(rows.branches_SK, [[2, 0], [3, 0], [2, 0]])
+    np.testing.assert_array_equal(rows.weights_SKW[0], [weights_SKW[0, 1], np.zeros(4)])
+
+
+@pytest.mark.parametrize("rounds", [0, 1, 3, 8])
+def test_a_cycle_repeats_its_rows(rounds):
+    schedule = cycle(shift_bank(4), ROWS, rounds)
+    assert schedule.rounds == rounds
+    assert schedule.period == 3
+    for t in range(rounds):
+        np.testing.assert_array_equal(schedule.weights_TKW[t], packed(ROWS).weights_SKW[t % 3])
+        assert schedule.average_T[t] == ROWS.average_S[t % 3]
+
+
+def test_rows_are_drawn_with_their_probabilities():
+    law = Law(packed(ROWS), np.array([0.5, 0.3, 0.2]), coin=1.0)
+    schedule = draw(shift_bank(4), law, 20_000, seed=3)
+    first_T = schedule.branches_TK[:, 0]
+    shares = [(first_T == branch).mean() for branch in packed(ROWS).branches_SK[:, 0]]
+    np.testing.assert_allclose(shares, [0.5, 0.3, 0.2], atol=0.02)
+    np.testing.assert_allclose(schedule.average_T.mean(), 0.3, atol=0.02)
+
+
+def test_every_message_has_a_coin_of_its_own():
+    rows = Rows(np.array([[1, 2]], np.int32), np.full((1, 2, 4), 0.5), np.zeros(1, bool))
+    schedule = draw(shift_bank(4), Law(rows, np.ones(1), coin=0.3), 20_000, seed=3)
+    # Slots may have changed places, where all four messages of the first were lost.
+    sent_TKW = np.stack(
+        [
+            ((schedule.branches_TK == branch)[:, :, None] & (schedule.weights_TKW > 0)).any(axis=1)
+            for branch in (1, 2)
+        ],
+        axis=1,
+    )
+    coins_TN = sent_TKW.reshape(len(sent_TKW), 8).astype(float)
+    np.testing.assert_allclose(coins_TN.mean(axis=0), 0.3, atol=0.02)
+    covariance_NN = np.cov(coins_TN.T)
+    np.testing.assert_allclose(covariance_NN, 0.21 * np.eye(8), atol=0.01)
 
 
 def test_another_seed_is_another_schedule():
     one, other = (gosgd_schedule(8, 100, 0.5, seed) for seed in (0, 1))
-    assert (one.push_TW != other.push_TW).any()
-    assert (one.branches_T != other.branches_T).any()
+    assert (one.weights_TKW != other.weights_TKW).any()
+    assert (one.branches_TK != other.branches_TK).any()
 
 
-@pytest.mark.parametrize("workers", [2, 3, 8])
-@pytest.mark.parametrize("probability", [0.02, 0.4])
-def test_coins_are_independent_and_fall_at_the_asked_rate(workers, probability):
-    rounds = 20_000
-    push_TW = gosgd_schedule(workers, rounds, probability, seed=3).push_TW
-    five_sigma = 5 * np.sqrt(probability * (1 - probability) / rounds)
-    np.testing.assert_allclose(push_TW.mean(axis=0), probability, atol=five_sigma)
-    # A common coin would give a mean of p; independent ones give p^2.
-    both = (push_TW[:, 0] & push_TW[:, 1]).mean()
-    assert abs(both - probability**2) < 5 * np.sqrt(probability**2 / rounds)
+@given(
+    rounds=st.integers(0, 20),
+    more=st.integers(0, 20),
+    coin=st.floats(0, 1),
+    seed=st.integers(0, 2**31),
+)
+def test_a_longer_schedule_begins_with_the_shorter_one(rounds, more, coin, seed):
+    law = Law(packed(ROWS), np.array([0.5, 0.3, 0.2]), coin)
+    short, long = (draw(shift_bank(4), law, T, seed) for T in (rounds, rounds + more))
+    np.testing.assert_array_equal(short.branches_TK, long.branches_TK[:rounds])
+    np.testing.assert_array_equal(short.weights_TKW, long.weights_TKW[:rounds])
 
 
-@pytest.mark.parametrize("workers", [2, 5, 8])
-def test_receivers_are_uniform_over_the_others_and_branch_0_means_no_coin(workers):
-    schedule = gosgd_schedule(workers, 20_000, 0.3, seed=4)
-    np.testing.assert_array_equal(schedule.branches_T == 0, ~schedule.push_TW.any(axis=1))
-    counts = np.bincount(schedule.branches_T, minlength=workers)[1:]
-    share = 1 / (workers - 1)
-    five_sigma = 5 * np.sqrt(share / counts.sum())
-    np.testing.assert_allclose(counts / counts.sum(), share, atol=five_sigma)
+# What is refused.
+
+GOOD = random_schedule(xor_bank(4), 3, 2, seed=0)
 
 
-def test_rounds_are_rows_of_the_table():
-    schedule = gosgd_schedule(4, 30, 0.5, seed=0)
-    for t in range(30):
-        row = schedule.round(t)
-        assert (row.branch.dtype, row.push_W.dtype) == (np.int32, np.bool_)
-        assert row.branch == schedule.branches_T[t]
-        np.testing.assert_array_equal(row.push_W, schedule.push_TW[t])
-    assert schedule.messages().sum() == schedule.push_TW.sum()
-
-
-def test_extremes():
-    assert gosgd_schedule(4, 50, 0.0, seed=0).messages().sum() == 0
-    assert (gosgd_schedule(4, 50, 1.0, seed=0).messages() == 4).all()
-    alone = gosgd_schedule(1, 50, 1.0, seed=0)
-    assert alone.messages().sum() == 0
-    assert (alone.branches_T == 0).all()
-    np.testing.assert_array_equal(alone.mixing_matrix(0, np.ones(1)), [[1.0]])
-    np.testing.assert_array_equal(expected_gosgd_matrix(0.5, np.ones(1)), [[1.0]])
-
-
-@given(workers=st.integers(2, 8), probability=st.floats(0.05, 1), seed=st.integers(0, 2**31))
-def test_matrices_average_and_conserve_the_weighted_sum(workers, probability, seed):
-    schedule = gosgd_schedule(workers, 30, probability, seed)
-    weights = schedule.sum_weights()
-    np.testing.assert_allclose(weights.sum(axis=1), 1, rtol=1e-12)
-    for t in range(30):
-        matrix_WW = schedule.mixing_matrix(t, weights[t])
-        assert (matrix_WW >= 0).all()
-        np.testing.assert_allclose(matrix_WW.sum(axis=1), 1, rtol=1e-12)
-        # alpha' K x = alpha x for every x: a push moves mass and makes none.
-        np.testing.assert_allclose(weights[t + 1] @ matrix_WW, weights[t], rtol=1e-12)
-
-
-@pytest.mark.parametrize("workers", [2, 3, 4])
-def test_expected_matrix_is_the_mean_over_all_coins_and_permutations(workers):
-    p = 0.3
-    sum_weight_W = np.random.default_rng(0).dirichlet(np.ones(workers))
-    bank = shift_bank(workers)
-    mean_WW = np.zeros((workers, workers))
-    for coins in itertools.product([False, True], repeat=workers):
-        probability = p ** sum(coins) * (1 - p) ** (workers - sum(coins))
-        branches_T = np.arange(1, workers, dtype=np.int32)
-        schedule = Schedule(bank, branches_T, np.tile(coins, (workers - 1, 1)))
-        for t in range(workers - 1):
-            matrix_WW = schedule.mixing_matrix(t, sum_weight_W)
-            mean_WW += probability / (workers - 1) * matrix_WW
-    np.testing.assert_allclose(expected_gosgd_matrix(p, sum_weight_W), mean_WW, atol=1e-14)
-
-
-@pytest.mark.parametrize("bank", [xor_bank(8), shift_bank(5)], ids=["xor", "shift"])
-def test_when_all_push_consensus_contracts_as_theory_says(bank):
-    # K = (1-b) I + b P with uniform receivers: E||Kx - mean||^2 = lambda ||x - mean||^2,
-    # lambda = (1-b)^2 + b^2 - 2b(1-b)/(M-1); here b = 1/2.
-    workers = bank.workers
-    x_W = np.random.default_rng(1).normal(size=workers)
-    branches_T = np.arange(1, workers, dtype=np.int32)
-    schedule = Schedule(bank, branches_T, np.ones((workers - 1, workers), bool))
-    equal_W = np.full(workers, 1 / workers)
-    mixed_TW = np.stack([schedule.mixing_matrix(t, equal_W) @ x_W for t in range(workers - 1)])
-    measured = mixed_TW.var(axis=1).mean() / x_W.var()
-    np.testing.assert_allclose(measured, (workers - 2) / (2 * (workers - 1)), rtol=1e-12)
+def greedy(weight):
+    """Two slots of `weight` each: everyone takes and gives twice as much."""
+    rows = Rows(np.array([[1, 2]], np.int32), np.full((1, 2, 4), weight), np.zeros(1, bool))
+    return cycle(xor_bank(4), rows, 1)
 
 
 @pytest.mark.parametrize(
@@ -138,18 +237,33 @@ def test_when_all_push_consensus_contracts_as_theory_says(bank):
         (lambda: xor_bank(6), "power of two, got 6"),
         (lambda: xor_bank(0), "power of two, got 0"),
         (lambda: shift_bank(0), "at least 1, got 0"),
-        (lambda: Bank(()), "branch 0 must be the identity"),
-        (lambda: Bank(((1, 0),)), "branch 0 must be the identity"),
-        (lambda: Bank(((0, 1), (1, 1))), "branch 1 must permute 2 workers"),
-        (lambda: Bank(((0, 1), (1, 0, 2))), "branch 1 must permute 2 workers"),
+        (lambda: Bank(np.zeros((0, 3), np.int32)), r"must be \[B, W\], got \(0, 3\)"),
+        (lambda: Bank(np.array([[1, 0]])), "branch 0 must be the identity"),
+        (lambda: Bank(np.array([[0, 1], [1, 1]])), "branch 1 must permute 2 workers"),
+        (
+            lambda: Bank(
+                shift_bank(4).receivers_BW, digits=(xor_bank(4), Bank(np.arange(4)[None]))
+            ),
+            "digits do not compose",
+        ),
         (lambda: gosgd_schedule(4, 10, 1.5, 0), r"\[0, 1\], got 1.5"),
         (lambda: gosgd_schedule(4, 10, float("nan"), 0), r"\[0, 1\], got nan"),
         (lambda: gosgd_schedule(4, -1, 0.5, 0), "not be negative, got -1"),
-        (lambda: gosgd_schedule(0, 10, 0.5, 0), "at least 1, got 0"),
-        (lambda: gosgd_schedule(4, 10, 0.5, 0).round(10), "10 rounds, asked for round 10"),
-        (lambda: gosgd_schedule(4, 10, 0.5, 0).round(-1), "asked for round -1"),
-        (lambda: Schedule(xor_bank(2), np.array([2]), np.ones((1, 2), bool)), r"in \[0, 2\)"),
-        (lambda: Schedule(xor_bank(2), np.array([0]), np.ones((1, 3), bool)), "must be"),
+        (lambda: GOOD.round(3), "3 rounds, asked for round 3"),
+        (lambda: GOOD.round(-1), "asked for round -1"),
+        (lambda: replace(GOOD, bank=xor_bank(8)), "weights of 4 workers, a bank of 8"),
+        (lambda: replace(GOOD, sync_T=GOOD.sync_T[:2]), r"sync_T must be \(3,\), got \(2,\)"),
+        (lambda: replace(GOOD, branches_TK=GOOD.branches_TK + 4), r"branches must lie in \[0, 4\)"),
+        (lambda: replace(GOOD, weights_TKW=-GOOD.weights_TKW), r"weights must lie in \[0, 1\]"),
+        (lambda: greedy(float("nan")), r"weights must lie in \[0, 1\]"),
+        (
+            lambda: greedy(0.75).pull_matrix(0),
+            "in round 0 worker 0 takes 1.5 of a model, at most 1",
+        ),
+        (
+            lambda: greedy(0.75).push_matrix(0),
+            "in round 0 worker 0 gives 1.5 of a model, at most 1",
+        ),
     ],
 )
 def test_bad_input_is_refused_in_one_line(make, message):
