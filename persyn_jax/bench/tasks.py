@@ -14,7 +14,7 @@ from persyn_jax.config import ConfigError
 EVALUATED = 2000
 """Test examples (images) of an evaluation, the first ones: the standard error of an accuracy near
 0.9 is then 0.007."""
-PROBED = 64
+PROBED = 16
 """Of these, the probe batch for the divergence of the workers' outputs."""
 
 

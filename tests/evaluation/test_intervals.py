@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from persyn_jax.intervals import mean_ci95, paired_difference_ci95
+from persyn_jax.intervals import mean_ci95, paired_difference_ci95, student_ci95
 
 
 def test_close_to_the_t_interval_on_many_normal_values():
@@ -12,6 +12,20 @@ def test_close_to_the_t_interval_on_many_normal_values():
     assert interval.mean == values.mean()
     assert interval.low == pytest.approx(low, abs=0.03)
     assert interval.high == pytest.approx(high, abs=0.03)
+
+
+@pytest.mark.parametrize("values", [[1.0, 2.0], [3.0, 1.0, 4.0, 1.0, 5.0]])
+def test_students_interval_of_a_few_values(values):
+    low, high = stats.t.interval(
+        0.95, len(values) - 1, loc=np.mean(values), scale=stats.sem(values)
+    )
+    assert student_ci95(values) == pytest.approx((np.mean(values), low, high))
+
+
+def test_a_single_value_has_no_interval():
+    mean, low, high = student_ci95([2.5])
+    assert mean == 2.5
+    assert np.isnan([low, high]).all()
 
 
 def test_covers_the_mean_of_a_skewed_distribution_about_95_times_in_100():
