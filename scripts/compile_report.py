@@ -1,8 +1,10 @@
-"""Compiles the student's train step for a TPU slice that is not there, and says what came out.
+"""Compiles the student's train step for TPU slices that are not there, and says what came out.
 
-    uv run --group aot scripts/compile_report.py --topology v5e:4x4
+    uv run --group aot scripts/compile_report.py --topology v5e:4x4 --slices 8 --schedule hypercube
 
-Exits with 1 if workers would not exchange, or would collect parameters on one device.
+Exits with 1 if the program is not what it should be: one collective-permute for each permutation
+and message, nothing gathered. The JSON file holds `topology`, `slices`, `workers`, `schedule`, the
+keys of `Wire`, and `programs` with those of `ProgramReport` (persyn_jax/bench/compile_report.py).
 """
 
 from pathlib import Path
@@ -13,8 +15,16 @@ QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 
 
 def main() -> None:
-    parser = make_parser("Compiles the student's train step for a TPU slice.", QUICKSTART)
-    parser.add_argument("--topology", default="v5e:4x4", help="the slice (default v5e:4x4)")
+    parser = make_parser("Compiles the student's train step for TPU slices.", QUICKSTART)
+    parser.add_argument("--topology", default="v5e:4x4", help="of a slice (default v5e:4x4)")
+    parser.add_argument("--slices", type=int, default=1, help="how many (default 1)")
+    parser.add_argument(
+        "--workers", type=int, help="default: the slices if there are several, else the chips"
+    )
+    parser.add_argument("--schedule", default="gosgd", help="by name (default gosgd)")
+    parser.add_argument(
+        "--cycle", action="store_true", help="also with the rounds of one period unrolled"
+    )
     arguments = parser.parse_intermixed_args()
     from persyn_jax import config
     from persyn_jax.pipeline.config import RunConfig
@@ -24,23 +34,34 @@ def main() -> None:
 
     from persyn_jax import mesh, store
     from persyn_jax.bench.compile_report import (
-        compile_student_step,
-        complaint,
+        failures,
         report_lines,
-        slice_mesh,
+        report_program,
+        shape_lines,
+        wire,
     )
+    from persyn_jax.bench.pod_programs import programs
+    from persyn_jax.bench.pod_shapes import link_model, pod_mesh, pod_shape
     from persyn_jax.models.weights import load_config
 
+    shape = pod_shape(arguments.topology, arguments.slices, arguments.workers)
+    wanted = programs(arguments.schedule, shape.workers, arguments.cycle)
     mesh.start_platform("cpu", 1)
-    devices = slice_mesh(arguments.topology)
-    report = compile_student_step(load_config(loaded.student), loaded.training, devices)
-    print(f"{'topology':<20}{arguments.topology}")
-    print("\n".join(report_lines(report)))
+    model, chips = load_config(loaded.student), pod_mesh(shape)
+    links, sent = link_model(shape), wire(model, shape.shards)
+    print("\n".join(shape_lines(shape, arguments.schedule, sent)), flush=True)
+    reports = [report_program(program, model, loaded.training, chips, links) for program in wanted]
+    print("\n".join(report_lines(reports)))
     if arguments.json is not None:
-        summary = {"topology": arguments.topology, **dataclasses.asdict(report)}
+        summary = {
+            **shape._asdict(),
+            "schedule": arguments.schedule,
+            **sent._asdict(),
+            "programs": [dataclasses.asdict(report) for report in reports],
+        }
         store.write_json(arguments.json, summary)
-    if (wrong := complaint(report)) is not None:
-        raise RuntimeError(wrong)
+    if wrong := failures(reports):
+        raise RuntimeError("; ".join(wrong))
 
 
 if __name__ == "__main__":

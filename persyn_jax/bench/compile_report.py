@@ -1,160 +1,297 @@
-"""What the compiler makes of the student's train step for a TPU slice that is not there.
+"""What the compiler makes of the train step for TPU slices that are not there.
 
 libtpu compiles for any slice on any machine, so collectives, code size and memory are known before
-a pod is rented.
+a pod is rented. Beside the schedule stands an all-reduce of the same model on the same chips, and
+the program is checked: one collective-permute for each permutation and message, nothing gathered.
 """
 
-import functools
-import importlib.util
-import os
-import re
-import time
-from collections import Counter
+import math
+import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
-from persyn_jax import gossip
-from persyn_jax import mesh as meshes
-from persyn_jax.config import ConfigError
-from persyn_jax.models import decoder, rows
+from persyn_jax.bench.hlo import KINDS, LINKS, Collective
+from persyn_jax.bench.pod_programs import ALL_REDUCE, Compiled, Program, compile_program
+from persyn_jax.bench.pod_shapes import PodShape
+from persyn_jax.bench.sharded_step import Shards, shard_shape, shard_spec, shards_of
+from persyn_jax.gossip.costs import LinkModel, costs, verdict
+from persyn_jax.models import decoder
 from persyn_jax.models.decoder import DecoderConfig
-from persyn_jax.training.batches import stack_workers
 from persyn_jax.training.config import TrainConfig
-from persyn_jax.training.loop import make_optimiser
-from persyn_jax.training.losses import response_loss
-from persyn_jax.training.step import init_state, make_train_step, on_mesh, placed_shapes
 
-COLLECTIVES = ("collective-permute", "all-gather", "all-reduce", "reduce-scatter", "all-to-all")
-
-# What libtpu looks for on a TPU machine before it compiles; without answers it waits for a network
-# that is not there. The last one lets two processes compile at once.
-_ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
+INSIDE, WORKERS, SLICES = LINKS
+NAME_WIDTH, CELL_WIDTH = 36, 15
 
 
 @dataclass(frozen=True)
-class CompileReport:
-    """A compiled train step. Bytes are those of one device."""
+class Check:
+    """A property of a program that must hold."""
 
-    workers: int
-    """One on each device of the slice."""
-    parameters: int
-    """Of one worker."""
+    name: str
+    expected: str
+    found: str
+    passed: bool
+
+
+@dataclass(frozen=True)
+class CollectiveCount:
+    """How many collectives of a kind a program holds. Those in a loop count once."""
+
+    kind: str
+    link: str
+    """`inside workers`, `between workers` (of a slice), or `between slices`."""
+    asynchronous: int
+    """Started and awaited apart, so that other work may go on meanwhile."""
+    synchronous: int
+
+
+@dataclass(frozen=True)
+class ProgramReport:
+    """A compiled train step. Bytes are those of one device, unless they say otherwise."""
+
+    form: str
+    """`bank`, `cycle`, `delayed cycle` or `all-reduce`, see `pod_programs.Program`."""
+    rounds: int
+    """Rounds that one run of the program goes through."""
     permutations: int
-    """In the bank, next to the identity: one program serves any of them in any round."""
-    asynchronous: dict[str, int]
-    """Collectives by name that are started and awaited apart, so that work may go on meanwhile."""
-    synchronous: dict[str, int]
+    """That the program holds, next to the identity. A `bank` serves any of them in any round."""
+    messages: float
+    """Collective-permutes of each permutation: the parameters in some groups, and a weight."""
+    collectives: list[CollectiveCount]
+    exchanges: int
+    """Collectives between workers or slices."""
+    overlapped: int
+    """Of these, how many have a matrix product (or a loop of them) between start and end."""
+    overlapped_part: float
+    """Of their bytes."""
     code_bytes: int
     argument_bytes: int
-    """Train state, batch and round."""
     reused_bytes: int
     """Of the arguments, how much the results are written over."""
     temporary_bytes: int
     compile_seconds: float
+    sent_between_workers: float
+    """Bytes that a worker sends in a round, on average, inside its slice."""
+    sent_between_slices: float
+    """Bytes that a worker sends in a round, on average, to other slices."""
+    exchange_seconds: float
+    """Predicted by the link model, of a round in which something travels."""
+    verdict: str
+    """Whether gossip can pay against an all-reduce, by the same model."""
+    checks: list[Check]
 
 
-def slice_mesh(topology: str) -> Mesh:
-    """A mesh of the devices of an absent TPU slice, such as `v5e:4x4`: a worker each.
+class Wire(NamedTuple):
+    """One worker's parameters, as they cross between workers."""
 
-    Raises ConfigError: libtpu is not installed, it knows no such slice.
-    """
-    if importlib.util.find_spec("libtpu") is None:
-        raise ConfigError("libtpu is not installed: `uv run --group aot` brings it")
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    from jax.experimental import topologies
-
-    try:
-        devices = topologies.get_topology_desc(topology_name=topology, platform="tpu").devices
-    except RuntimeError as error:
-        raise ConfigError(f"topology {topology!r}: {error}") from None
-    return meshes.make_mesh(len(devices), devices=devices)
+    parameters: int
+    leaves: int
+    groups: int
+    """Of leaves that share a message: of one dtype, one length of row on a chip, and cut along the
+    same axes of the mesh."""
+    sent_bytes: int
+    """Of one copy of the model that leaves a worker; what is whole on every chip leaves each."""
+    whole: int
+    """Parameters that every chip of the worker holds."""
 
 
-def compile_student_step(model: DecoderConfig, config: TrainConfig, mesh: Mesh) -> CompileReport:
-    """Compiles the train step as `train_student` runs it, GoSGD included, from shapes alone."""
-    workers = mesh.shape[meshes.WORKER]
-    schedule = gossip.gosgd_schedule(workers, rounds=1, exchange_probability=1.0, seed=0)
-    mixing = gossip.gosgd(schedule.bank, meshes.WORKER)
-    optimiser = make_optimiser(config.optimiser, steps=1)
-    loss = functools.partial(response_loss, model, config.recompute)
-    step = on_mesh(make_train_step(loss, optimiser, mixing), mesh, (0, 0, None), donate=True)
-    start = on_mesh(lambda params: init_state(params, optimiser, mixing), mesh, (0,))
-
-    params = jax.eval_shape(lambda: decoder.init(model, jax.random.key(0)))
-    params_W = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct((workers, *leaf.shape), leaf.dtype), params
-    )
-    empty = rows.pack([[]] * config.rows, config.row_tokens, config.row_response_tokens)
-    row, whole = meshes.per_worker(mesh), meshes.replicated(mesh)
-    state = placed_shapes(jax.eval_shape(start, params_W), row)
-    batch = placed_shapes(stack_workers([empty] * workers), row)
-    started = time.monotonic()
-    compiled = step.lower(state, batch, placed_shapes(schedule.round(0), whole)).compile()
-    seconds = time.monotonic() - started
-
-    program, memory = compiled.as_text(), compiled.memory_analysis()
-    assert program is not None, "every XLA back end has it"
-    assert memory is not None, "every XLA back end has it"
-    asynchronous, synchronous = count_collectives(program)
-    return CompileReport(
-        workers=workers,
-        parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
-        permutations=len(schedule.bank.receivers) - 1,
-        asynchronous=asynchronous,
-        synchronous=synchronous,
-        code_bytes=memory.generated_code_size_in_bytes,
-        argument_bytes=memory.argument_size_in_bytes,
-        reused_bytes=memory.alias_size_in_bytes,
-        temporary_bytes=memory.temp_size_in_bytes,
-        compile_seconds=round(seconds, 1),
+def wire(model: DecoderConfig, shards: Shards) -> Wire:
+    """shards: the chips of a worker, along `fsdp` and `tensor`."""
+    leaves = jax.tree.leaves(jax.eval_shape(lambda: decoder.init(model, jax.random.key(0))))
+    parts = [(leaf, shard_shape(leaf.shape, shards)) for leaf in leaves]
+    sent = [math.prod(shards) * math.prod(part) * leaf.dtype.itemsize for leaf, part in parts]
+    return Wire(
+        parameters=sum(leaf.size for leaf in leaves),
+        leaves=len(leaves),
+        groups=len(
+            {(leaf.dtype, part[1:][-1:], _axes(leaf.shape, shards)) for leaf, part in parts}
+        ),
+        sent_bytes=sum(sent),
+        whole=sum(leaf.size for leaf, part in parts if part == leaf.shape),
     )
 
 
-def count_collectives(program: str) -> tuple[dict[str, int], dict[str, int]]:
-    """(asynchronous, synchronous) collectives by name in a compiled program's HLO text."""
-    found = Counter(re.findall(rf"\s({'|'.join(COLLECTIVES)})(-start)?\(", program))
-    return (
-        {name: found[name, "-start"] for name in COLLECTIVES},
-        {name: found[name, ""] for name in COLLECTIVES},
+def _axes(shape: tuple[int, ...], shards: Shards) -> frozenset:
+    """The axes of the mesh that an array is cut along."""
+    return frozenset(names for names in shard_spec(shape, shards) if names)
+
+
+def report_program(
+    program: Program,
+    model: DecoderConfig,
+    config: TrainConfig,
+    mesh: Mesh,
+    links: LinkModel,
+) -> ProgramReport:
+    """Compiles and reports."""
+    compiled = compile_program(program, model, config, mesh)
+    sent = wire(model, shards_of(mesh))
+    price = costs(program.schedule, sent.sent_bytes, links)
+    judged = verdict(program.schedule, sent.sent_bytes, links)
+    exchanges = [one for one in compiled.collectives if one.link != INSIDE]
+    overlapped = [one for one in exchanges if one.products]
+    permutations = len(program.permutations())
+    return ProgramReport(
+        form=program.form,
+        rounds=program.schedule.rounds if program.is_unrolled else 1,
+        permutations=permutations,
+        messages=compiled.permutes_written / max(permutations, 1),
+        collectives=count_collectives(compiled),
+        exchanges=len(exchanges),
+        overlapped=len(overlapped),
+        overlapped_part=_bytes(overlapped) / max(_bytes(exchanges), 1),
+        code_bytes=compiled.code_bytes,
+        argument_bytes=compiled.argument_bytes,
+        reused_bytes=compiled.reused_bytes,
+        temporary_bytes=compiled.temporary_bytes,
+        compile_seconds=compiled.compile_seconds,
+        sent_between_workers=float(price.inside_T.mean()),
+        sent_between_slices=float(price.between_T.mean()),
+        exchange_seconds=judged.seconds,
+        verdict=judged.sentence,
+        checks=[] if program.form == ALL_REDUCE else checks(program, compiled, sent, links),
     )
 
 
-def complaint(report: CompileReport) -> str | None:
-    """What is wrong with the program, if anything is: shards must meet shards, nothing more."""
-    if not report.asynchronous["collective-permute"] + report.synchronous["collective-permute"]:
-        return "the program holds no collective-permute: workers do not exchange anything"
-    gathers = report.asynchronous["all-gather"] + report.synchronous["all-gather"]
-    if gathers:
-        return f"the program holds {gathers} all-gathers: parameters are collected on one device"
-    return None
+def count_collectives(compiled: Compiled) -> list[CollectiveCount]:
+    """Those that are there, by kind and link."""
+    counts = []
+    for kind in KINDS:
+        for link in LINKS:
+            found = [one for one in compiled.collectives if (one.kind, one.link) == (kind, link)]
+            asynchronous = sum(one.is_asynchronous for one in found)
+            if found:
+                synchronous = len(found) - asynchronous
+                counts.append(CollectiveCount(kind, link, asynchronous, synchronous))
+    return counts
 
 
-def report_lines(report: CompileReport) -> list[str]:
-    """The report as a person reads it."""
-    counts = {
-        name: f"{report.asynchronous[name]} asynchronous, {report.synchronous[name]} synchronous"
-        for name in COLLECTIVES
-        if report.asynchronous[name] + report.synchronous[name]
-        or name in ("collective-permute", "all-gather", "all-reduce")
-    }
+def checks(program: Program, compiled: Compiled, sent: Wire, links: LinkModel) -> list[Check]:
+    """Shards meet shards and nothing more, whichever permutation a round wants."""
+
+    def count(kind: str, link: str, above: int = 0) -> int:
+        return sum(
+            (one.kind, one.link) == (kind, link) and one.size > above
+            for one in compiled.collectives
+        )
+
+    permutations = program.permutations()
+    messages, rest = divmod(compiled.permutes_written, max(len(permutations), 1))
+    inside, between = _links_used(permutations, links)
+    found = count("collective-permute", WORKERS), count("collective-permute", SLICES)
+    most = 1 + (sent.leaves if program.is_unrolled else 2 * sent.groups)
+    # An exact mean between slices ends in an all-gather of each slice's part of it.
+    gathers = count("all-gather", WORKERS) + count("all-gather", SLICES)
+    of_means = count("all-reduce", SLICES, above=4)
+    return [
+        Check(
+            "one program, with a collective-permute for each permutation and message",
+            f"{inside} x {messages} between workers, {between} x {messages} between slices",
+            f"{found[0]} and {found[1]}",
+            rest == 0 and found == (inside * messages, between * messages),
+        ),
+        Check(
+            "a message for each leaf, and one for the weights"
+            if program.is_unrolled
+            else "a message for each group of leaves, one for its rest, one for the weights",
+            f"at most {most}",
+            str(messages),
+            messages <= most and (messages > 0 or not permutations),
+        ),
+        Check(
+            "no all-gather between workers, but at the end of an exact mean",
+            f"at most {of_means}",
+            str(gathers),
+            gathers <= of_means,
+        ),
+    ]
+
+
+def _links_used(permutations: list[np.ndarray], links: LinkModel) -> tuple[int, int]:
+    """How many permutations send anything inside slices, and how many between slices."""
+    inside = between = 0
+    for receivers_W in permutations:
+        senders_W = np.arange(len(receivers_W))
+        leaves_W = receivers_W // links.workers_per_slice != senders_W // links.workers_per_slice
+        inside += bool((~leaves_W & (receivers_W != senders_W)).any())
+        between += bool(leaves_W.any())
+    return inside, between
+
+
+def failures(reports: Sequence[ProgramReport]) -> list[str]:
+    """A line for each check that failed."""
+    return [
+        f"{report.form}: {check.name}: expected {check.expected}, found {check.found}"
+        for report in reports
+        for check in report.checks
+        if not check.passed
+    ]
+
+
+def shape_lines(shape: PodShape, schedule: str, sent: Wire) -> list[str]:
+    """What was compiled for, as a person reads it."""
+    chips = shape.chips_per_worker
     values = {
-        "workers": f"{report.workers}, a device each",
-        "parameters": f"{report.parameters:,} a worker",
-        "programs": f"1, with {report.permutations} permutations to choose from in each round",
-        **counts,
-        "code": f"{report.code_bytes / 1e6:.1f} MB",
-        "arguments": f"{report.argument_bytes / 1e6:.1f} MB a device,"
-        f" {report.reused_bytes / 1e6:.1f} MB of them reused for results",
-        "temporary": f"{report.temporary_bytes / 1e6:.1f} MB a device",
-        "compiled in": f"{report.compile_seconds} s",
+        "topology": f"{shape.slices} x {shape.topology}",
+        "workers": f"{shape.workers}, {'a chip' if chips == 1 else f'{chips} chips'} each",
+        "schedule": schedule,
+        "parameters": f"{sent.parameters:,} a worker, {sent.sent_bytes / 1e6:.1f} MB to send",
     }
-    return [f"{name:<20}{value}" for name, value in values.items()]
+    if sent.whole and chips > 1:
+        values["not cut"] = f"{sent.whole:,} of them, whole on every chip and sent by each"
+    return [f"{name:<{NAME_WIDTH}}{value}" for name, value in values.items()]
+
+
+def report_lines(reports: Sequence[ProgramReport]) -> list[str]:
+    """The reports side by side as a person reads them, then the checks and the verdict."""
+    places = [(kind, link) for link in reversed(LINKS) for kind in KINDS]
+    always = [("collective-permute", WORKERS), ("all-gather", WORKERS), ("all-reduce", WORKERS)]
+    table = [("form", [report.form for report in reports])]
+    table += [(name, [cell(report) for report in reports]) for name, cell in _CELLS[:2]]
+    for kind, link in places:
+        counts = [_count(report, kind, link) for report in reports]
+        if any(counts) or (kind, link) in always:
+            table.append((f"{kind} {link}", [_count_cell(count) for count in counts]))
+    table += [(name, [cell(report) for report in reports]) for name, cell in _CELLS[2:]]
+    lines = [
+        f"{name:<{NAME_WIDTH}}" + "".join(f"{cell:>{CELL_WIDTH}}" for cell in cells)
+        for name, cells in table
+    ]
+    for report in reports:
+        for check in report.checks:
+            lines.append(f"{'ok' if check.passed else 'FAILED':<8}{report.form}: {check.name}")
+            lines.append(f"{'':<8}expected {check.expected}; found {check.found}")
+    return [*lines, *textwrap.wrap(reports[0].verdict, 96)]
+
+
+_CELLS = (
+    ("rounds in one run", lambda r: f"{r.rounds}"),
+    ("permutations", lambda r: f"{r.permutations}"),
+    ("overlapped by matrix products", lambda r: f"{r.overlapped} of {r.exchanges}"),
+    ("  part of the bytes", lambda r: f"{r.overlapped_part:.0%}"),
+    ("code, MB", lambda r: f"{r.code_bytes / 1e6:.1f}"),
+    ("arguments, MB a device", lambda r: f"{r.argument_bytes / 1e6:.1f}"),
+    ("  reused for results", lambda r: f"{r.reused_bytes / 1e6:.1f}"),
+    ("temporary, MB a device", lambda r: f"{r.temporary_bytes / 1e6:.1f}"),
+    ("compiled in, s", lambda r: f"{r.compile_seconds}"),
+    ("sent a round, MB a worker", lambda r: f"{r.sent_between_workers / 1e6:.1f}"),
+    ("  to other slices", lambda r: f"{r.sent_between_slices / 1e6:.1f}"),
+    ("predicted ms of an exchange", lambda r: f"{r.exchange_seconds * 1e3:.3g}"),
+)
+
+
+def _count(report: ProgramReport, kind: str, link: str) -> CollectiveCount | None:
+    return next((c for c in report.collectives if (c.kind, c.link) == (kind, link)), None)
+
+
+def _count_cell(count: CollectiveCount | None) -> str:
+    return f"{count.asynchronous} + {count.synchronous} sync" if count else "0"
+
+
+def _bytes(found: Sequence[Collective]) -> int:
+    return sum(one.size for one in found)

@@ -22,6 +22,9 @@ DOCUMENTED = {
     "report.py",
     "serve_teacher.py",
     "compile_report.py",
+    "gossip_consensus.py",
+    "gossip_bench.py",
+    "check_pod.py",
 }
 SCRIPTS = sorted(PRESENT | DOCUMENTED)
 

@@ -1,0 +1,216 @@
+"""The student's train step under a schedule, compiled for chips that need not be there."""
+
+import functools
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from persyn_jax import gossip
+from persyn_jax import mesh as meshes
+from persyn_jax.bench.hlo import Collective, collectives
+from persyn_jax.bench.sharded_step import (
+    INNER_AXES,
+    on_sharded_mesh,
+    sharded_loss,
+    sharded_mixing,
+    shards_of,
+    state_shardings,
+)
+from persyn_jax.config import ConfigError
+from persyn_jax.gossip import topologies
+from persyn_jax.models import decoder, rows
+from persyn_jax.models.decoder import DecoderConfig
+from persyn_jax.training.config import TrainConfig
+from persyn_jax.training.loop import make_optimiser
+from persyn_jax.training.losses import response_loss
+from persyn_jax.training.step import (
+    TrainStep,
+    init_state,
+    make_train_step,
+    on_mesh,
+    placed_shapes,
+)
+
+DRAWN_ROUNDS = 64
+"""Of random schedules: what they cost is averaged over so many."""
+
+Rule = Callable[[gossip.Exchange], gossip.MixingTransformation]
+
+SCHEDULES: dict[str, tuple[Rule, Callable[[int, int], gossip.Schedule]]] = {
+    "gosgd": (gossip.gosgd, lambda w, t: topologies.gosgd_schedule(w, t, 1.0, seed=0)),
+    "random_shift": (gossip.d_psgd, lambda w, t: topologies.random_shift(w, t, seed=0)),
+    "random_xor": (gossip.d_psgd, lambda w, t: topologies.random_xor(w, t, seed=0)),
+    "random_matching": (gossip.d_psgd, lambda w, t: topologies.random_matching(w, t, seed=0)),
+    "ring": (gossip.d_psgd, topologies.ring),
+    "static_exponential": (gossip.d_psgd, topologies.static_exponential),
+    "one_peer_exponential": (gossip.d_psgd, topologies.one_peer_exponential),
+    "hypercube": (gossip.d_psgd, topologies.hypercube),
+    "base_2": (gossip.d_psgd, lambda w, t: topologies.base_k_plus_1(w, t, degree=1)),
+    "base_4": (gossip.d_psgd, lambda w, t: topologies.base_k_plus_1(w, t, degree=3)),
+    "complete": (gossip.d_psgd, topologies.complete),
+}
+"""By name: a rule, and a schedule of (workers, rounds). GoSGD's coins all come up: the round that
+is priced is one in which everybody pushes."""
+
+ALL_REDUCE = "all-reduce"
+
+
+class Program(NamedTuple):
+    """A train step to compile."""
+
+    form: str
+    """`bank`: any round, chosen at run time. `cycle`: the rounds of one period, one after the
+    other, known to the compiler. `delayed cycle`: the same, what is exchanged being the parameters
+    before the step, so that the exchange need not wait for the gradient. `all-reduce`."""
+    rule: Rule
+    schedule: gossip.Schedule
+
+    @property
+    def is_unrolled(self) -> bool:
+        return self.form.endswith("cycle")
+
+    def permutations(self) -> list[np.ndarray]:
+        """int[W], the receivers: each permutation that the program holds, as often as it should."""
+        bank, branches_TK = self.schedule.bank, self.schedule.branches_TK
+        assert isinstance(bank, gossip.Bank)
+        if self.is_unrolled:
+            return list(bank.receivers_BW[branches_TK[branches_TK > 0]])
+        return [row for part in bank.digits or (bank,) for row in part.receivers_BW[1:]]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What came out."""
+
+    collectives: list[Collective]
+    permutes_written: int
+    """Collective-permutes in the program before the compiler touched it."""
+    code_bytes: int
+    argument_bytes: int
+    """Train state, batch and round, on one device."""
+    reused_bytes: int
+    """Of the arguments, how much the results are written over."""
+    temporary_bytes: int
+    """On one device."""
+    compile_seconds: float
+
+
+def programs(schedule: str, workers: int, with_cycle: bool) -> list[Program]:
+    """The programs of a report: the schedule's, and an all-reduce to compare with.
+
+    Raises ConfigError: no such schedule, not for so many workers, no period where one is needed.
+    """
+    if schedule not in SCHEDULES:
+        known = ", ".join(SCHEDULES)
+        raise ConfigError(f"schedule {schedule!r}: no such schedule, there are {known}")
+    rule, function = SCHEDULES[schedule]
+    try:
+        table = function(workers, DRAWN_ROUNDS)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if table.period:
+        table = function(workers, table.period)
+    chosen = [Program("bank", rule, table)]
+    if with_cycle:
+        if not table.period:
+            raise ConfigError(f"schedule {schedule}: it is random, so there is no cycle to unroll")
+        chosen.append(Program("cycle", rule, table))
+        chosen.append(Program("delayed cycle", _delayed(rule), table))
+    return [*chosen, Program(ALL_REDUCE, gossip.all_reduce, topologies.complete(workers, 1))]
+
+
+def compile_program(
+    program: Program, model: DecoderConfig, config: TrainConfig, mesh: Mesh
+) -> Compiled:
+    """Compiles the train step of `training` for the mesh, from shapes alone.
+
+    With a device a worker it is what `train_student` runs. With more, `sharded_step` lays it out.
+    """
+    lowered = _lower(program, model, config, mesh)
+    started = time.monotonic()
+    compiled = lowered.compile()
+    seconds = time.monotonic() - started
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    assert text is not None, "every XLA back end has it"
+    assert memory is not None, "every XLA back end has it"
+    return Compiled(
+        collectives=collectives(text, math.prod(shards_of(mesh))),
+        permutes_written=lowered.as_text().count("stablehlo.collective_permute"),
+        code_bytes=memory.generated_code_size_in_bytes,
+        argument_bytes=memory.argument_size_in_bytes,
+        reused_bytes=memory.alias_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+        compile_seconds=round(seconds, 1),
+    )
+
+
+def _lower(
+    program: Program, model: DecoderConfig, config: TrainConfig, mesh: Mesh
+) -> jax.stages.Lowered:
+    shards = shards_of(mesh)
+    is_sharded = math.prod(shards) > 1
+    inner_axes = INNER_AXES if is_sharded else ()
+    exchange = gossip.Exchange(program.schedule.bank, meshes.WORKER, inner_axes)
+    mixing, optimiser = program.rule(exchange), make_optimiser(config.optimiser, steps=1)
+    loss = functools.partial(response_loss, model, config.recompute)
+    if is_sharded:
+        loss, mixing = sharded_loss(loss, shards), sharded_mixing(mixing, shards)
+    step = make_train_step(loss, optimiser, mixing)
+    if program.is_unrolled:
+        step = _unrolled(step, program.schedule)
+
+    def start(_):
+        return init_state(decoder.init(model, jax.random.key(0)), optimiser, mixing)
+
+    workers = jax.ShapeDtypeStruct((mesh.shape[meshes.WORKER],), np.int32)
+    state = jax.eval_shape(jax.vmap(start), workers)
+    any_round = jax.eval_shape(lambda row: row, program.schedule.round(0))
+    if is_sharded:
+        compilable = on_sharded_mesh(step, mesh, state)
+    else:
+        compilable = on_mesh(step, mesh, (0, 0, None), donate=True)
+    return compilable.lower(
+        jax.tree.map(placed_shapes, state, state_shardings(state, mesh)),
+        _batch_shapes(program, config, mesh),
+        placed_shapes(any_round, meshes.replicated(mesh)),
+    )
+
+
+def _unrolled(step: TrainStep, schedule: gossip.Schedule) -> TrainStep:
+    """As many steps as the schedule has rounds; the leaves of batch and metrics lead with them."""
+
+    def steps(state, batches, _):
+        taken = []
+        for t in range(schedule.rounds):
+            batch = jax.tree.map(lambda leaf, t=t: leaf[t], batches)
+            state, metrics = step(state, batch, schedule.round(t))
+            taken.append(metrics)
+        return state, jax.tree.map(lambda *leaves: jnp.stack(leaves), *taken)
+
+    return steps
+
+
+def _delayed(rule: Rule) -> Rule:
+    return lambda exchange: gossip.delayed(rule(exchange), exchange)
+
+
+def _batch_shapes(program: Program, config: TrainConfig, mesh: Mesh) -> rows.Rows:
+    """A batch of all workers (of each round, if they are unrolled): every chip has its own rows."""
+    workers, chips = mesh.shape[meshes.WORKER], math.prod(shards_of(mesh))
+    empty = rows.pack([[]] * config.rows * chips, config.row_tokens, config.row_response_tokens)
+    rounds = (program.schedule.rounds,) if program.is_unrolled else ()
+    inner = (INNER_AXES,) if chips > 1 else ()
+    sharding = NamedSharding(mesh, PartitionSpec(meshes.WORKER, *(None for _ in rounds), *inner))
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+            (workers, *rounds, *leaf.shape), leaf.dtype, sharding=sharding
+        ),
+        empty,
+    )
