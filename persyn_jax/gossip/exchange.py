@@ -37,8 +37,10 @@ from persyn_jax.gossip.wire import decode, encode, times
 
 Tree = TypeVar("Tree")
 
-FRAGMENT_BYTES = 4 << 20
+FRAGMENT_BYTES = 1 << 20
 """Bytes of a fragment, roughly: it should fit a cache and yet outweigh the latency of a message."""
+ONE_DEVICE_FRAGMENT_BYTES = 8 << 20
+"""The same for many workers on one device, of all of them together."""
 
 
 class Exchange(NamedTuple):
@@ -263,8 +265,11 @@ def _merge_dense(said: jax.Array, gain_W: jax.Array, exchange: Exchange):
 def _merge_group(leaves: list[jax.Array], exchange: Exchange, first_branch: Array, merge):
     """`merge` of arrays that have one dtype and one shape of row, one fragment of all at a time."""
     rows = [leaf.reshape(-1, *_row_shape(leaf)) for leaf in leaves]
-    copies = exchange.bank.workers if exchange.one_device else 1
-    fragments = _fragment_count(copies * sum(leaf.nbytes for leaf in leaves))
+    size = sum(leaf.nbytes for leaf in leaves)
+    if exchange.one_device:
+        fragments = _fragment_count(exchange.bank.workers * size, ONE_DEVICE_FRAGMENT_BYTES)
+    else:
+        fragments = _fragment_count(size, FRAGMENT_BYTES)
     counts = [len(row) // fragments for row in rows]
     rests = [len(row) % fragments for row in rows]
     wide = jnp.promote_types(leaves[0].dtype, jnp.float32)
@@ -338,6 +343,6 @@ def _row_shape(leaf: jax.Array) -> tuple[int, ...]:
     return leaf.shape[1:][-1:]
 
 
-def _fragment_count(size: int) -> int:
-    """A power of two (it divides most numbers of rows) with fragments near FRAGMENT_BYTES."""
-    return 2 ** round(np.log2(max(size / FRAGMENT_BYTES, 1)))
+def _fragment_count(size: int, fragment: int) -> int:
+    """A power of two (it divides most numbers of rows) of fragments of about that many bytes."""
+    return 2 ** round(np.log2(max(size / fragment, 1)))

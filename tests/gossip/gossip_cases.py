@@ -80,6 +80,7 @@ SHIFTS, XORS = gossip.shift_bank(WORKERS), gossip.xor_bank(WORKERS)
 DIRECTED = random_schedule(SHIFTS, ROUNDS, 2, seed=1, dropped=0.3)
 DOUBLY = random_schedule(SHIFTS, ROUNDS, 2, seed=2, uniform=True)
 SYMMETRIC = random_schedule(XORS, ROUNDS, 1, seed=3, uniform=True)
+MEANS = random_schedule(SHIFTS, ROUNDS, 2, seed=4, dropped=0.3, average=0.3, absent=0.2)
 RING = cycle(
     SHIFTS,
     Rows(np.array([[1, 7]], np.int32), np.full((1, 2, WORKERS), 0.25), np.zeros(1, bool)),

@@ -1,5 +1,6 @@
 """What travels, and what a program is made of, apart from any rule."""
 
+import functools
 import re
 
 import chex
@@ -82,41 +83,48 @@ def test_every_worker_knows_the_weights_of_its_messages(mode):
             assert sorted(got_WK[worker][got_WK[worker] > 0]) == sorted(n for n, _ in taken)
 
 
+def test_a_message_to_oneself_is_none():
+    """A worker that a permutation leaves where it is hears nobody, whatever the weight says."""
+    bank, _ = bank_of(np.array([[0, 2, 1]]))
+    row = random_schedule(bank, 1, 1, seed=0).round(0)
+    row = row._replace(branch_K=np.array([1], np.int32), weight_KW=np.full((1, 3), 0.5))
+    sent_WK = on_one_device(lambda _, row: gossip.outgoing(row, Exchange(bank, WORKER)))
+    np.testing.assert_array_equal(sent_WK(np.zeros(3), row)[:, 0], [0, 0.5, 0.5])
+
+
 @pytest.mark.parametrize(
     ("bank", "fragment_bytes"),
     [(random_bank(5), 512), (shift_bank(3), exchange_file.FRAGMENT_BYTES)],
     ids=["5, in fragments", "3, whole"],
 )
-def test_mix_moves_every_number_once(bank, fragment_bytes, monkeypatch):
-    """own * scale + sum_k gain_k (received_k - own), and the distance to what was received."""
+def test_mix_is_its_equation_to_the_bit(bank, fragment_bytes, monkeypatch):
+    """own * scale + sum_k gain_k (received_k - own) in float32, product by product, whatever the
+    compiler would like to fuse; and the distance to what was received."""
     monkeypatch.setattr(exchange_file, "FRAGMENT_BYTES", fragment_bytes)
     workers, exchange = bank.workers, Exchange(bank, WORKER)
     tree_W = make_tree(workers)
     rng = np.random.default_rng(0)
-    scale_W, gain_WK = rng.uniform(0.5, 1.5, workers), rng.uniform(0.1, 0.5, (workers, 2))
-    gain_WK[0] = 0, 0.3
+    scale_W = rng.uniform(0.5, 1.5, workers).astype(np.float32)
+    gain_WK = rng.uniform(0.1, 0.5, (workers, 2)).astype(np.float32)
+    gain_WK[0, 0] = 0
 
     def step(tree, scale, gain_K, row):
         return mix(tree, gain_K, row, exchange, scale=scale)
 
     row = random_schedule(bank, 1, 2, seed=0).round(0)._replace(branch_K=np.array([1, 2], np.int32))
-    senders_KW = bank.senders_BW[row.branch_K]
-    arguments = tree_W, scale_W.astype(np.float32), gain_WK.astype(np.float32), row
-    mixed_W, distance_W = on_a_device_each(step, workers)(*arguments)
-    chex.assert_trees_all_equal(mixed_W, on_one_device(step)(*arguments)[0])
-    chex.assert_trees_all_equal_shapes_and_dtypes(mixed_W, tree_W)
-    expected_distance_W = np.zeros(workers)
+    expected_W, expected_distance_W = {}, np.zeros(workers)
     for name, leaf_W in tree_W.items():
-        wide_WN = leaf_W.astype(np.float64).reshape(workers, -1)
-        expected_WN = scale_W[:, None] * wide_WN
+        own_WN = leaf_W.astype(np.float32).reshape(workers, -1)
+        mixed_WN = scale_W[:, None] * own_WN
         for k in range(2):
-            gap_WN = wide_WN[senders_KW[k]] - wide_WN
-            expected_WN += gain_WK[:, k, None] * gap_WN
+            gap_WN = own_WN[bank.senders_BW[row.branch_K[k]]] - own_WN
+            mixed_WN += gain_WK[:, k, None] * gap_WN
             expected_distance_W += np.where(gain_WK[:, k] > 0, (gap_WN**2).sum(axis=1), 0)
-        tolerance = 2.0**-8 if leaf_W.dtype == jnp.bfloat16 else 1e-6
-        actual_WN = np.asarray(mixed_W[name], np.float64).reshape(workers, -1)
-        np.testing.assert_allclose(actual_WN, expected_WN, rtol=tolerance, atol=1e-6)
-    np.testing.assert_allclose(distance_W, expected_distance_W, rtol=1e-5)
+        expected_W[name] = mixed_WN.reshape(leaf_W.shape).astype(leaf_W.dtype)
+    for layout in (on_one_device, functools.partial(on_a_device_each, workers=workers)):
+        mixed_W, distance_W = layout(step)(tree_W, scale_W, gain_WK, row)
+        chex.assert_trees_all_equal(mixed_W, expected_W)
+        np.testing.assert_allclose(distance_W, expected_distance_W, rtol=1e-5)
 
 
 def test_bfloat16_is_mixed_in_float32():
