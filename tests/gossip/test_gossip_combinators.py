@@ -58,13 +58,16 @@ def test_every_exchanges_in_the_last_round_of_each_period_only():
         np.testing.assert_allclose(actual_W, expected_W, atol=1e-6)
 
 
-def test_an_outer_optimiser_takes_every_for_sync_rounds():
-    rule = gossip.every(2, gossip.slowmo(EXCHANGE, 0.0, 1.0, 0.1))
+def test_an_outer_optimiser_steps_in_the_last_round_of_each_period_only():
+    """Half of the way to W y, and before that local steps."""
+    rule = gossip.every(2, gossip.slowmo(EXCHANGE, 0.0, 0.5, 0.1))
     x_W = columns(3)
-    np.testing.assert_array_equal(mixed(rule, x_W, shift_round(1, index=0)), x_W)
-    np.testing.assert_allclose(
-        mixed(rule, x_W, shift_round(1, index=1)), halfway(x_W, 1), atol=1e-6
-    )
+    step = on_one_device(rule.update, compiler_options=QUICK)
+    updates_W = np.ones_like(x_W)
+    carry = step(updates_W, jax.vmap(rule.init)(x_W), x_W, shift_round(1, index=0))
+    np.testing.assert_array_equal(carry[0], x_W + 1)
+    after_W, _ = step(updates_W, carry[1], carry[0], shift_round(1, index=1))
+    np.testing.assert_allclose(after_W, (x_W + halfway(x_W + 2, 1)) / 2, atol=1e-6)
 
 
 def test_every_part_of_a_partition_follows_its_own_rounds():
