@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from persyn_jax import gossip
 from persyn_jax import mesh as meshes
+from persyn_jax.gossip.theory import contraction
 from persyn_jax.models.decoder import Params
 from persyn_jax.models.rows import Conversation, Rows
 from persyn_jax.models.weights import Model
@@ -93,7 +94,8 @@ def train_student(
     student = load_student()
     loss = functools.partial(response_loss, student.config, c.recompute)
     optimiser = make_optimiser(c.optimiser, len(plan))
-    mixing = gossip.gosgd(gossip.Exchange(schedule.bank, meshes.WORKER))
+    mixing = _mixing(schedule, config.gossip.audit)
+    predicted = contraction(schedule).mean_per_round
     start = on_mesh(lambda params: init_state(params, optimiser, mixing), mesh, (0,), donate=True)
     step = on_mesh(make_train_step(loss, optimiser, mixing), mesh, (0, 0, None), donate=True)
     measure = _make_measure(loss, [conversations[index] for index in held_out], c, mesh)
@@ -111,12 +113,19 @@ def train_student(
         row = _metrics_row(taken, tokens) | _exchange_row(taken, schedule.round(number))
         if last or number % c.measure_every == 0:
             row |= measure(taken.state)
+            row |= _contraction_row(row, predicted)
         on_metrics(row)
         if not last and (number + 1) % c.checkpoint_every == 0:
             checkpoint.save(checkpoints, number + 1, taken.state)
     compiled = compiled_programs(step)
     assert compiled == 1, f"one batch shape must compile one program, compiled {compiled}"
     return Trained(replace(student, params=uniform_mean(taken.state.params)), compiled, held_out)
+
+
+def _mixing(schedule: gossip.Schedule, audit: bool) -> gossip.MixingTransformation:
+    exchange = gossip.Exchange(schedule.bank, meshes.WORKER)
+    rule = gossip.gosgd(exchange)
+    return gossip.audited(rule, gossip.sum_weight_mass, exchange) if audit else rule
 
 
 def _restore_or_start(
@@ -147,6 +156,9 @@ def _exchange_row(taken: Taken, round: gossip.Round) -> dict[str, Any]:
     what they heard, for free; null where nobody did.
     """
     mix_state, workers = taken.state.mix_state, round.weight_KW.shape[1]
+    if isinstance(mix_state, gossip.AuditState):
+        gossip.check_audit(mix_state)
+        mix_state = mix_state.inner
     heard_W = (round.weight_KW > 0).sum(axis=0)
     pushes = int(heard_W.sum())
     model_bytes = sum(leaf.nbytes // workers for leaf in jax.tree.leaves(taken.state.params))
@@ -161,6 +173,14 @@ def _exchange_row(taken: Taken, round: gossip.Round) -> dict[str, Any]:
         "useful_bytes": pushes * model_bytes,
         "estimated_consensus_distance": estimate,
     }
+
+
+def _contraction_row(row: dict[str, Any], predicted: float) -> dict[str, Any]:
+    """The factor of the consensus distance in this step's exchange: that of the exact distance
+    after it to the free estimate of that before, beside the schedule's expected one."""
+    before = row["estimated_consensus_distance"]
+    measured = row["consensus_distance"] / before if before else None
+    return {"predicted_contraction": predicted, "measured_contraction": measured}
 
 
 def _tokens(examples: Sequence[Conversation], rows_by_worker: list[list[Row]]) -> int:

@@ -27,6 +27,9 @@ class GossipConfig:
     """M: each on a device of its own, with its own data, parameters and optimiser state."""
     exchange_probability: Annotated[float, Field(ge=0, le=1)] = 0.25
     """p: chance that a worker pushes after a step; every worker throws its own coin."""
+    audit: bool = False
+    """Check in every step that no exchange makes or loses mass, and stop with the first that does.
+    For debugging: it costs two all-reduces of the parameters a step."""
 
 
 @config_class

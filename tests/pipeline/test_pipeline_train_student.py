@@ -2,8 +2,10 @@
 
 import dataclasses
 
+import jax
 import pytest
 
+from persyn_jax import gossip
 from persyn_jax.config import ConfigError
 from persyn_jax.mesh import make_mesh
 from persyn_jax.models import weights
@@ -35,7 +37,64 @@ def test_too_few_answers_are_refused_before_the_model_is_loaded(tmp_path, count)
         )
 
 
-TOKENIZER = weights.load_tokenizer(ModelConfig(weights="random:tiny"))
+TINY = ModelConfig(weights="random:tiny")
+
+
+def train(folder, **gossip_values) -> list[dict]:
+    """Rows of metrics of two workers that exchange in every step."""
+    conversations = [Conversation((1, 2, i), (3, i)) for i in range(4, 17)]
+    training = TrainConfig(row_tokens=8, row_response_tokens=4, held_out=1, measure_every=2)
+    config = GossipConfig(workers=2, exchange_probability=1.0, **gossip_values)
+    rows: list[dict] = []
+    train_student(
+        lambda: weights.load(TINY),
+        conversations,
+        StudentTraining(training, config, seed=0),
+        make_mesh(2),
+        folder,
+        lambda first, steps: None,
+        rows.append,
+    )
+    return rows
+
+
+def test_the_contraction_is_measured_beside_the_predicted_one(tmp_path):
+    """Two workers that swap halves agree at once: predicted and measured factors of 0."""
+    rows = train(tmp_path)
+    measured = [row for row in rows if "measured_contraction" in row]
+    assert 1 < len(measured) < len(rows)
+    assert all(row["predicted_contraction"] == pytest.approx(0, abs=1e-12) for row in measured)
+    apart = [row for row in measured if row["measured_contraction"] is not None]
+    assert apart
+    assert all(row["measured_contraction"] < 1e-6 for row in apart)
+
+
+def test_an_audited_run_is_the_same_run(tmp_path):
+    assert train(tmp_path / "a", audit=True) == train(tmp_path / "b")
+
+
+def test_an_audited_run_stops_with_the_first_exchange_that_loses_mass(tmp_path, monkeypatch):
+    gosgd = gossip.gosgd
+
+    def lossy(exchange):
+        rule = gosgd(exchange)
+
+        def update(*arguments):
+            params, mix_state = rule.update(*arguments)
+            shrunk = jax.tree.map(lambda x: 0.9 * x, params)
+            return jax.tree.map(
+                lambda a, b: jax.numpy.where(arguments[3].index < 2, a, b), params, shrunk
+            ), mix_state
+
+        return rule._replace(update=update)
+
+    monkeypatch.setattr(gossip, "gosgd", lossy)
+    train(tmp_path / "unseen")
+    with pytest.raises(gossip.MassError, match="round 2 changed the mass"):
+        train(tmp_path / "seen", audit=True)
+
+
+TOKENIZER = weights.load_tokenizer(TINY)
 
 
 def make_prompt(name: str, text: str) -> Prompt:
