@@ -17,13 +17,17 @@ def main() -> None:
     arguments = make_parser(
         "Times the exchange and the simulator, as ratios.", CONFIG
     ).parse_intermixed_args()
+    from functools import partial
+
     from persyn_jax import config, mesh, store
     from persyn_jax.bench import exchange_speed as speed
 
     loaded = config.load(speed.SpeedConfig, arguments.config, arguments.overrides)
     mesh.start_platform("cpu", max(loaded.workers, loaded.bank_workers))
     ratios = []
-    for measure in (speed.simulator, speed.take_on_one_device, speed.bank_on_devices):
+    bank_alone = partial(speed.bank_on_devices, distance=False)
+    measures = (speed.simulator, speed.take_on_one_device, speed.bank_on_devices, bank_alone)
+    for measure in measures:
         ratio = measure(loaded)
         ratios.append(ratio._asdict())
         print(f"{ratio.ratio:.2f}  {ratio.name} ({ratio.seconds:.3f} s), against")

@@ -80,8 +80,11 @@ def language_model_shapes(layers: int) -> dict[str, Any]:
     return {"embed": (49152, width), "norm": (width,), "layers": [layer] * layers}
 
 
-def bank_on_devices(config: SpeedConfig) -> Ratio:
-    """The bank, pytree in and pytree out, against one static ppermute and average of the bytes."""
+def bank_on_devices(config: SpeedConfig, distance: bool = True) -> Ratio:
+    """The bank, pytree in and pytree out, against one static ppermute and average of the bytes.
+
+    distance: whether the distance to the partner is wanted too; else the compiler leaves it out.
+    """
     workers = config.workers
     mesh = meshes.make_mesh(workers)
     schedule = gossip.gosgd_schedule(workers, config.turns, 1.0, seed=0)
@@ -89,7 +92,8 @@ def bank_on_devices(config: SpeedConfig) -> Ratio:
     ring = [(w, (w + 1) % workers) for w in range(workers)]
 
     def mixed(params, gain_K, round):
-        return gossip.mix(params, gain_K, round, exchange)
+        params, gap = gossip.mix(params, gain_K, round, exchange)
+        return (params, gap) if distance else (params, jnp.float32(0))
 
     def averaged(flat):
         return (flat + lax.ppermute(flat, WORKER, ring)) * 0.5
@@ -111,7 +115,8 @@ def bank_on_devices(config: SpeedConfig) -> Ratio:
         held["flat"] = jax.block_until_ready(average(held["flat"]))
 
     return against(
-        f"bank, {workers} host devices, {count / 1e6:.0f}M parameters each",
+        f"bank, {workers} host devices, {count / 1e6:.0f}M parameters each"
+        + (", with the distance to the partner" if distance else ""),
         run,
         "one static ppermute and average of the same bytes",
         least,
