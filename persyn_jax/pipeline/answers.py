@@ -1,13 +1,19 @@
 """Getting answers: what the store has is reused, the rest is asked for, committed as it arrives."""
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 from persyn_jax.config import fingerprint, to_values
-from persyn_jax.pipeline.progress import progress
+from persyn_jax.pipeline.progress import Advance, progress, say
 from persyn_jax.records import Answer, Prompt
-from persyn_jax.sampling.client import Question, Reply, ask_all, price
+from persyn_jax.sampling import spending
+from persyn_jax.sampling.client import Commit, ask_all
 from persyn_jax.sampling.config import ClientConfig, TeacherConfig, teacher_messages
+from persyn_jax.sampling.question import Question
+from persyn_jax.sampling.replies import Reply
+from persyn_jax.sampling.spending import Tally
 from persyn_jax.store import AnswerStore, StoredAnswer, answer_key
 
 OwnService = Callable[[], tuple[str, str]]
@@ -32,6 +38,25 @@ def teacher_fingerprint(teacher: TeacherConfig, own_weights: str | None) -> str:
     return fingerprint([model, teacher.system, examples, to_values(teacher.sampling)])
 
 
+class Collected(NamedTuple):
+    """Answers, and what asking for those that the store did not have came to."""
+
+    answers: list[Answer]
+    tallies: dict[str, Tally]
+    """By teacher; none for a teacher that was not asked."""
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """For a stage's summary. What was asked depends on what the store had."""
+        return {
+            "answers": len(self.answers),
+            "failed_answers": sum(answer.finish_reason == "error" for answer in self.answers),
+            "measured": {
+                "asked": {name: dataclasses.asdict(tally) for name, tally in self.tallies.items()}
+            },
+        }
+
+
 def collect_answers(
     asks: Sequence[Ask],
     own_weights: str | None,
@@ -39,34 +64,87 @@ def collect_answers(
     client: ClientConfig,
     own_service: OwnService,
     label: str,
-) -> list[Answer]:
+) -> Collected:
     """One answer for each ask, in order. Equal prompts of one teacher share an answer.
 
-    Raises ConfigError or EndpointError as `sampling.client.ask_all`; what has been answered is
-    committed by then. A failure that stands in the store is asked again.
+    An answer that failed is there too, with finish reason `error`: it is never trained on, and
+    whoever asks for it next asks the teacher again.
+
+    Replies are committed together, those that arrive during one commit with the next. A kill loses
+    what was under way: questions whose reply had not come, or was not committed yet; together at
+    most `client.concurrency` an endpoint.
+
+    Raises ConfigError, EndpointError or BudgetError as `sampling.client.ask_all`; what has been
+    answered is committed by then.
     """
     teacher_of = {ask.teacher.name: ask.teacher for ask in asks}
+    spending.check_prices(teacher_of.values(), client)
     marks = {name: teacher_fingerprint(t, own_weights) for name, t in teacher_of.items()}
     questions = [_question(ask, marks[ask.teacher.name]) for ask in asks]
     keys = [question.key for question in questions]
     known = store.get(keys)
     missing = {q.key: q for q in questions if q.key not in known or _failed(known[q.key])}
+    tallies: dict[str, Tally] = {}
     if missing:
-        needs_own = any(question.teacher.base_url is None for question in missing.values())
+        spent = _spent(questions, known)
+        asked = [
+            (teacher, [q for q in missing.values() if q.teacher.name == teacher.name])
+            for teacher in teacher_of.values()
+        ]
+        asked = [(teacher, share) for teacher, share in asked if share]
+        needs_own = any(teacher.base_url is None for teacher, _ in asked)
         service = own_service() if needs_own else None
         with progress(label, len(missing)) as advance:
-
-            def on_reply(question: Question, reply: Reply) -> None:
-                store.put(_stored(question, marks[question.teacher.name], reply))
-                advance()
-
-            ask_all(list(missing.values()), client, service, on_reply)
+            commit = _committing(store, marks, advance)
+            tallies = ask_all(asked, client, service, commit, spent)
+        for name, tally in tallies.items():
+            say(f"  {label}: teacher {name!r}: {_in_words(tally)}")
         known = store.get(keys)
-    return [known[q.key].for_prompt(q.prompt_id, q.teacher.name) for q in questions]
+    answers = [known[q.key].for_prompt(q.prompt_id, q.teacher.name) for q in questions]
+    return Collected(answers, tallies)
 
 
 def _failed(answer: StoredAnswer) -> bool:
     return answer.finish_reason == "error"
+
+
+def _spent(questions: Iterable[Question], known: dict[str, StoredAnswer]) -> spending.Cost:
+    """What the stored answers count towards the budget, at this run's prices."""
+    teacher_of = {question.key: question.teacher for question in questions}
+    spent = spending.NOTHING
+    for key, answer in known.items():
+        spent += spending.cost(teacher_of[key], answer.prompt_tokens, answer.completion_tokens)
+    return spent
+
+
+def _committing(store: AnswerStore, marks: dict[str, str], advance: Advance) -> Commit:
+    """Commits replies, and tells how it goes."""
+    started = time.monotonic()
+    done, cost = 0, spending.NOTHING
+
+    def commit(replies: list[tuple[Question, Reply]]) -> None:
+        nonlocal done, cost
+        rows = [
+            _stored(question, marks[question.teacher.name], reply) for question, reply in replies
+        ]
+        store.put_all(rows)
+        done += len(rows)
+        for row in rows:
+            cost += spending.Cost(row.completion_tokens, row.usd)
+        seconds = max(time.monotonic() - started, 1e-9)
+        word = f"{done / seconds:.1f} answers/s, {cost.tokens / seconds:.0f} tokens/s"
+        advance(len(rows), word if cost.usd is None else f"{word}, $ {cost.usd:.4f}")
+
+    return commit
+
+
+def _in_words(tally: Tally) -> str:
+    usd = "price unknown" if tally.usd is None else f"$ {tally.usd:.4f}"
+    return (
+        f"{tally.answers} answers, {tally.failed} failed, {tally.requests} requests of which "
+        f"{tally.retries} retries, {tally.prompt_tokens} prompt and {tally.completion_tokens} "
+        f"answer tokens, {usd}"
+    )
 
 
 def _question(ask: Ask, mark: str) -> Question:
@@ -91,9 +169,9 @@ def _stored(question: Question, mark: str, reply: Reply) -> StoredAnswer:
         finish_reason=reply.finish_reason,
         prompt_tokens=reply.prompt_tokens,
         completion_tokens=reply.completion_tokens,
-        usd=price(question.teacher, reply),
+        usd=spending.price(question.teacher, reply.prompt_tokens, reply.completion_tokens),
         licence=question.teacher.licence,
-        error=None,
+        error=reply.error,
         server=reply.server,
         latency_seconds=reply.latency_seconds,
     )

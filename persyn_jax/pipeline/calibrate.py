@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from persyn_jax.pipeline.answers import Ask, OwnService, collect_answers
-from persyn_jax.records import Answer, Prompt
+from persyn_jax.pipeline.answers import Ask, Collected, OwnService, collect_answers
+from persyn_jax.records import Prompt
 from persyn_jax.sampling.config import ClientConfig, TeacherConfig
 from persyn_jax.store import AnswerStore
 
@@ -15,7 +15,7 @@ def calibrate(
     store: AnswerStore,
     client: ClientConfig,
     own_service: OwnService,
-) -> list[Answer]:
+) -> Collected:
     """All teachers' answers: prompt by prompt, within a prompt in the order of `teachers`."""
     asks = [
         Ask(prompt, teacher)

@@ -5,7 +5,7 @@ Calibration answers are reused.
 
 from collections.abc import Sequence
 
-from persyn_jax.pipeline.answers import Ask, OwnService, collect_answers
+from persyn_jax.pipeline.answers import Ask, Collected, OwnService, collect_answers
 from persyn_jax.records import Answer, Example, Prompt, Route
 from persyn_jax.sampling.config import ClientConfig, TeacherConfig
 from persyn_jax.store import AnswerStore
@@ -19,7 +19,7 @@ def generate(
     store: AnswerStore,
     client: ClientConfig,
     own_service: OwnService,
-) -> list[Answer]:
+) -> Collected:
     """The chosen teacher's answer to each routed prompt, in the order of `routes`."""
     prompt_of = {prompt.id: prompt for prompt in prompts}
     teacher_of = {teacher.name: teacher for teacher in teachers}

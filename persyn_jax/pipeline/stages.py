@@ -40,8 +40,9 @@ def _calibrate(run: Run, _: Path) -> dict[str, Any]:
             prompts, config.teachers, run.own_weights(), answers, config.client, run.own_service
         )
     run.write(PROMPTS, prompts, Prompt)
-    run.write(CALIBRATION_ANSWERS, found, Answer)
-    return {"answers": len(found), "measured": run.service_counters()}
+    run.write(CALIBRATION_ANSWERS, found.answers, Answer)
+    summary = found.summary
+    return summary | {"measured": summary["measured"] | run.service_counters()}
 
 
 def _score(run: Run, _: Path) -> dict[str, Any]:
@@ -135,13 +136,14 @@ def _generate(run: Run, _: Path) -> dict[str, Any]:
             config.client,
             run.own_service,
         )
-    examples = to_examples(prompts, chosen)
-    run.write(ANSWERS, chosen, Answer)
+    examples = to_examples(prompts, chosen.answers)
+    run.write(ANSWERS, chosen.answers, Answer)
     run.write(EXAMPLES, examples, Example)
-    return {
-        "answers_generated": check_cost(prompts, len(config.teachers), calibration, chosen),
+    teachers, summary = len(config.teachers), chosen.summary
+    return summary | {
+        "answers_generated": check_cost(prompts, teachers, calibration, chosen.answers),
         "examples": len(examples),
-        "measured": run.service_counters(),
+        "measured": summary["measured"] | run.service_counters(),
     }
 
 

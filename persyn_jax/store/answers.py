@@ -116,7 +116,8 @@ def answer_key(messages: list[Message], teacher_fingerprint: str, sample_index: 
 class AnswerStore:
     """An open answer store; threads may share one, processes open their own. A context manager.
 
-    A call of `put` that returned is on the disk: neither a kill nor a power loss takes it away.
+    A call of `put` or `put_all` that returned is on the disk: neither a kill nor a power loss takes
+    it away.
     All methods raise ConfigError naming the file: not a store, not writable, disk full, locked for
     a minute by others.
     """
@@ -144,10 +145,21 @@ class AnswerStore:
 
     def put(self, answer: StoredAnswer) -> None:
         """Commits `answer`, unless its key has one already."""
-        row = {name: getattr(answer, name) for name in _COLUMNS}
-        row["token_ids"] = None if answer.token_ids is None else json.dumps(answer.token_ids)
+        self.put_all([answer])
+
+    def put_all(self, answers: Iterable[StoredAnswer]) -> None:
+        """Commits all of `answers` at once, or none: much faster than one by one."""
+        rows = [_to_row(answer) for answer in answers]
         with self._errors_named(), self._lock:
-            self._connection.execute(_PUT, row)
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                self._connection.executemany(_PUT, rows)
+                self._connection.execute("COMMIT")
+            except BaseException:
+                # A full disk may have ended the transaction already.
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+                raise
 
     def count(self) -> int:
         """Number of rows."""
@@ -186,6 +198,12 @@ class AnswerStore:
             yield
         except (sqlite3.Error, OSError, UnicodeEncodeError) as error:
             raise ConfigError(f"{self._path}: answer store: {error}") from None
+
+
+def _to_row(answer: StoredAnswer) -> dict[str, Any]:
+    row = {name: getattr(answer, name) for name in _COLUMNS}
+    row["token_ids"] = None if answer.token_ids is None else json.dumps(answer.token_ids)
+    return row
 
 
 def _from_row(row: tuple) -> StoredAnswer:

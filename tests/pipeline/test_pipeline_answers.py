@@ -2,17 +2,19 @@
 
 import dataclasses
 import json
+import math
 import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from persyn_jax.config import ConfigError
 from persyn_jax.pipeline.answers import Ask, collect_answers, teacher_fingerprint
 from persyn_jax.pipeline.calibrate import calibrate
 from persyn_jax.pipeline.generate import check_cost, generate, to_examples
 from persyn_jax.records import Answer, Prompt, Route
-from persyn_jax.sampling.client import EndpointError
+from persyn_jax.sampling.client import BudgetError, EndpointError
 from persyn_jax.sampling.config import (
     ClientConfig,
     SamplingConfig,
@@ -105,8 +107,8 @@ def no_service() -> tuple[str, str]:
 
 
 def collect(asks, store, attempts: int = 1, own_service=no_service, own_weights=None):
-    client = ClientConfig(attempts=attempts)
-    return collect_answers(asks, own_weights, store, client, own_service, "ask")
+    client = ClientConfig(attempts=attempts, max_failed_share=1.0)
+    return collect_answers(asks, own_weights, store, client, own_service, "ask").answers
 
 
 def test_answers_come_in_the_order_of_the_asks_and_none_is_asked_twice(endpoint, store):
@@ -159,18 +161,90 @@ def test_a_failure_that_stands_in_the_store_is_asked_again_and_replaced(endpoint
     assert len(endpoint.asked()) == store.count() == 2
 
 
-def test_what_was_answered_before_an_endpoint_failed_is_kept(endpoint, store):
+def test_a_question_that_fails_is_a_row_never_used_and_asked_again_next_time(endpoint, store):
+    teacher = make_teacher("a", endpoint.base_url)
+    prompts = [make_prompt(name) for name in "xyz"]
+    asks = [Ask(prompt, teacher) for prompt in prompts]
+    endpoint.fails_for.add("question y")
+    answers = collect(asks, store)
+    assert [answer.finish_reason for answer in answers] == ["stop", "error", "stop"]
+    failed = answers[1]
+    assert (failed.text, failed.usable, failed.prompt_tokens, failed.usd) == ("", False, 0, None)
+    assert failed.error.startswith("failed 1 times, last: status 500: ")
+    assert [example.id for example in to_examples(prompts, answers)] == ["x", "z"]
+    endpoint.fails_for.clear()
+    assert [answer.text for answer in collect(asks, store)] == [
+        f"model-a: question {name}" for name in "xyz"
+    ]
+    assert endpoint.asked() == {
+        ("model-a", "question x"): 1,
+        ("model-a", "question y"): 2,
+        ("model-a", "question z"): 1,
+    }
+
+
+def test_what_was_answered_before_too_many_failed_is_kept(endpoint, store):
     teacher = make_teacher("a", endpoint.base_url)
     asks = [Ask(make_prompt(name), teacher) for name in "xyz"]
     endpoint.fails_for.add("question z")
+    client = ClientConfig(attempts=1, concurrency=1)
     with pytest.raises(EndpointError, match=r"teacher 'a' at .*failed 1 times, last: status 500"):
-        collect_answers(asks, None, store, ClientConfig(attempts=1, concurrency=1), no_service, "")
-    assert store.count() == 2
+        collect_answers(asks, None, store, client, no_service, "")
+    assert store.count() == 3
     endpoint.fails_for.clear()
     assert [answer.text for answer in collect(asks, store)] == [
         f"model-a: question {name}" for name in "xyz"
     ]
     assert endpoint.asked()["model-a", "question x"] == 1
+
+
+PRICES = {"usd_per_million_prompt_tokens": 2.0, "usd_per_million_completion_tokens": 4.0}
+
+
+def test_a_budget_counts_what_is_stored_and_a_larger_one_goes_on(endpoint, store):
+    """An answer costs 1500 tokens and $ 0.004; the most that one may cost is less."""
+    teacher = make_teacher("a", endpoint.base_url, **PRICES)
+    asks = [Ask(make_prompt(name), teacher) for name in "uvwxyz"]
+
+    def ask(**budget):
+        client = ClientConfig(concurrency=1, **budget)
+        return collect_answers(asks, None, store, client, no_service, "")
+
+    for _ in range(2):
+        with pytest.raises(BudgetError, match=r"spent 3000 tokens and \$ 0\.0080; 4 answers are"):
+            ask(budget_usd=0.0081)
+        assert store.count() == len(endpoint.requests) == 2
+    collected = ask(budget_tokens=9000)
+    assert store.count() == len(endpoint.requests) == 6
+    assert math.fsum(answer.usd for answer in collected.answers) == pytest.approx(0.024)
+    assert ask(budget_usd=0.0).answers == collected.answers, "nothing is asked, nothing is spent"
+
+
+def test_what_asking_came_to_is_in_the_summary_and_is_said(endpoint, store, capsys):
+    priced = make_teacher("priced", endpoint.base_url, **PRICES)
+    other = make_teacher("other", endpoint.base_url)
+    asks = [Ask(make_prompt(name), teacher) for name in "xyz" for teacher in (priced, other)]
+    endpoint.fails_for.add("question z")
+    client = ClientConfig(attempts=1, max_failed_share=0.5)
+    summary = collect_answers(asks, None, store, client, no_service, "calibrate").summary
+    assert (summary["answers"], summary["failed_answers"]) == (6, 2)
+    counts = {"answers": 2, "failed": 1, "requests": 3, "retries": 0}
+    tokens = {"prompt_tokens": 2000, "completion_tokens": 1000}
+    asked = summary["measured"]["asked"]
+    assert asked["priced"] == {**counts, **tokens, "usd": pytest.approx(0.008)}
+    assert asked["other"] == {**counts, **tokens, "usd": None}
+    said = capsys.readouterr().err
+    assert "calibrate: teacher 'priced': 2 answers, 1 failed, 3 requests" in said
+    assert "$ 0.0080" in said
+    assert "price unknown" in said
+
+
+def test_a_dollar_budget_with_an_unknown_price_starts_nothing(store):
+    own = make_teacher("own", None)
+    with pytest.raises(ConfigError, match="price of teacher 'own' is unknown"):
+        collect_answers(
+            [Ask(make_prompt("x"), own)], "w", store, ClientConfig(budget_usd=1.0), no_service, ""
+        )
 
 
 def test_the_own_service_is_started_once_and_only_if_something_is_missing(endpoint, store):
@@ -238,8 +312,9 @@ def test_whatever_decides_an_answer_is_in_the_fingerprint(change):
     teacher = make_teacher("a", "http://one/v1")
     changed = dataclasses.replace(teacher, **change)
     assert teacher_fingerprint(changed, None) != teacher_fingerprint(teacher, None)
-    elsewhere = dataclasses.replace(teacher, name="b", base_url="http://other/v1", licence="GPL")
-    assert teacher_fingerprint(elsewhere, None) == teacher_fingerprint(teacher, None)
+    for base_url in ("http://other/v1", ["http://one/v1", "http://other/v1"]):
+        elsewhere = dataclasses.replace(teacher, name="b", base_url=base_url, licence="GPL")
+        assert teacher_fingerprint(elsewhere, None) == teacher_fingerprint(teacher, None)
 
 
 def test_calibrate_asks_all_teachers_and_generate_the_chosen_one(endpoint, store):
@@ -251,11 +326,11 @@ def test_calibrate_asks_all_teachers_and_generate_the_chosen_one(endpoint, store
         make_prompt("w", "eval"),
     ]
     arguments = (teachers, None, store, ClientConfig(), no_service)
-    calibration = calibrate(prompts, *arguments)
+    calibration = calibrate(prompts, *arguments).answers
     assert [(a.prompt_id, a.teacher) for a in calibration] == [(p, t) for p in "xyz" for t in "ab"]
     chosen = {"x": "b", "y": "a", "z": "b", "u": "a", "v": "b"}
     routes = [Route(name, [0.0, 0.0], teacher, 0.0) for name, teacher in chosen.items()]
-    answers = generate(prompts, routes, *arguments)
+    answers = generate(prompts, routes, *arguments).answers
     assert [(a.prompt_id, a.teacher) for a in answers] == list(chosen.items())
     assert set(answers[:3]) <= set(calibration)
     expected = 5 + 3 * (2 - 1)

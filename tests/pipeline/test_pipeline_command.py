@@ -1,8 +1,10 @@
 """How scripts end, and what they say meanwhile."""
 
+import io
 import json
 import os
 import signal
+import sys
 import time
 
 import pytest
@@ -102,3 +104,26 @@ def test_progress_elsewhere_than_on_a_terminal_is_a_plain_line_now_and_then(caps
         "",
         "  score 3/7, about 24 s left\n  score 6/7, about 6 s left\n",
     )
+
+
+def test_progress_takes_several_pieces_at_once_and_shows_the_word(capsys, monkeypatch):
+    clock = iter(range(0, 1000, 20))
+    monkeypatch.setattr(progress_file.time, "monotonic", lambda: float(next(clock)))
+    with progress("calibrate", 100) as advance:
+        advance(25, "1.2 answers/s")
+    assert capsys.readouterr().err == "  calibrate 25/100, about 60 s left, 1.2 answers/s\n"
+
+
+def test_progress_on_a_terminal_is_a_bar_with_the_word(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    with progress("calibrate", 100) as advance:
+        advance(25, "1.2 answers/s")
+    shown = sys.stderr.getvalue()
+    assert "25/100" in shown
+    assert "1.2 answers/s" in shown

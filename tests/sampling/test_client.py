@@ -7,13 +7,12 @@ import time
 
 import pytest
 import scripted_endpoint
-import tenacity
 from scripted_endpoint import completion, error
 
 from persyn_jax import config
 from persyn_jax.config import ConfigError
-from persyn_jax.sampling import client
-from persyn_jax.sampling.client import EndpointError, Question, Reply, ask_all, price
+from persyn_jax.sampling import client, limiter
+from persyn_jax.sampling.client import EndpointError, ask_all
 from persyn_jax.sampling.config import (
     ClientConfig,
     SamplingConfig,
@@ -21,13 +20,21 @@ from persyn_jax.sampling.config import (
     WorkedExample,
     teacher_messages,
 )
+from persyn_jax.sampling.question import Question
+from persyn_jax.sampling.replies import Reply
+from persyn_jax.sampling.spending import price
 
 KEY = "sk-secret-123"
 
 
+@pytest.fixture(autouse=True)
+def impatience(monkeypatch):
+    monkeypatch.setattr(client, "_FIRST_WAIT_SECONDS", 0.0)
+    monkeypatch.setattr(limiter, "FIRST_REST_SECONDS", 0.0)
+
+
 @pytest.fixture
-def endpoint(monkeypatch):
-    monkeypatch.setattr(client, "_WAIT_BETWEEN_TRIES", tenacity.wait_none())
+def endpoint():
     with scripted_endpoint.serving() as endpoint:
         yield endpoint
 
@@ -44,14 +51,22 @@ def questions(teacher: TeacherConfig, *prompts: str) -> list[Question]:
     ]
 
 
-def ask(asked, own_service=None, **settings) -> dict[str, Reply]:
-    """Replies by prompt id."""
-    replies: dict[str, Reply] = {}
+def by_teacher(asked: list[Question]) -> list[tuple[TeacherConfig, list[Question]]]:
+    teachers = {question.teacher.name: question.teacher for question in asked}
+    return [(t, [q for q in asked if q.teacher.name == name]) for name, t in teachers.items()]
+
+
+def ask(asked, own_service=None, replies=None, **settings) -> dict[str, Reply]:
+    """Replies by prompt id, all of which may be failures unless the settings say otherwise.
+
+    replies: a dict to put them in, for when this raises.
+    """
+    replies = {} if replies is None else replies
     ask_all(
-        asked,
-        ClientConfig(**({"attempts": 3} | settings)),
+        by_teacher(asked),
+        ClientConfig(**({"attempts": 3, "max_failed_share": 1.0} | settings)),
         own_service,
-        lambda question, reply: replies.update({question.prompt_id: reply}),
+        lambda rows: replies.update({question.prompt_id: reply for question, reply in rows}),
     )
     return replies
 
@@ -106,7 +121,7 @@ def test_every_question_gets_its_own_reply(endpoint):
     }
 
 
-def test_as_many_are_under_way_as_the_config_says(endpoint):
+def test_no_more_are_under_way_than_the_config_says(endpoint):
     under_way, most, lock = 0, 0, threading.Lock()
 
     def script(body, attempt):
@@ -143,14 +158,19 @@ def test_an_answer_that_the_endpoint_calls_failed_is_tried_again(endpoint, reaso
 def test_gives_up_naming_teacher_url_and_reason(endpoint):
     endpoint.script = lambda body, _: (503, error("over\nloaded"))
     with pytest.raises(EndpointError) as caught:
-        ask_one(endpoint)
+        ask_all(
+            by_teacher(questions(teacher(endpoint), "q", "r")),
+            ClientConfig(attempts=3),
+            None,
+            lambda rows: pytest.fail("there is nothing to commit"),
+        )
     expected = f"teacher 'wise' at {endpoint.url}: failed 3 times, last: status 503: over loaded"
     assert str(caught.value) == expected
-    assert endpoint.asked("q") == 3
+    assert max(endpoint.asked("q"), endpoint.asked("r")) == 3
 
 
-@pytest.mark.parametrize("status", [302, 400, 401, 404, 422])
-def test_what_is_refused_is_bad_input_and_not_tried_again(endpoint, status):
+@pytest.mark.parametrize("status", [302, 401, 403, 404])
+def test_what_refuses_every_prompt_is_bad_input_and_not_tried_again(endpoint, status):
     endpoint.script = lambda body, _: (status, error("no such thing"))
     with pytest.raises(ConfigError) as caught:
         ask_one(endpoint)
@@ -159,12 +179,64 @@ def test_what_is_refused_is_bad_input_and_not_tried_again(endpoint, status):
     assert endpoint.asked("q") == 1
 
 
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_prompt_that_is_refused_is_a_failed_row_and_not_tried_again(endpoint, status):
+    endpoint.script = lambda body, _: (
+        (status, error("too\nlong"))
+        if body["messages"][-1]["content"] == "b"
+        else (200, completion())
+    )
+    replies = ask(questions(teacher(endpoint), *"abc"))
+    assert [replies[f"id-{name}"].text for name in "abc"] == ["yes", "", "yes"]
+    refused = replies["id-b"]
+    assert refused.error == f"refused with status {status}: too long"
+    assert (refused.finish_reason, refused.server) == ("error", endpoint.url)
+    assert (refused.prompt_tokens, refused.completion_tokens) == (0, 0)
+    assert endpoint.asked("b") == 1
+
+
+def test_a_row_that_fails_at_its_last_try_leaves_the_others_alone(endpoint):
+    endpoint.script = lambda body, _: (
+        (500, error("no")) if body["messages"][-1]["content"] == "b" else (200, completion())
+    )
+    replies = ask(questions(teacher(endpoint), *"abc"))
+    assert replies["id-b"].error == "failed 3 times, last: status 500: no"
+    assert endpoint.asked("b") == 3
+    assert [replies[f"id-{name}"].error for name in "ac"] == [None, None]
+
+
+@pytest.mark.parametrize(("share", "ends"), [(0.2, False), (0.19, True)])
+def test_too_large_a_share_of_failed_rows_ends_it_when_all_are_done(endpoint, share, ends):
+    endpoint.script = lambda body, _: (
+        (400, error("no")) if body["messages"][-1]["content"] == "3" else (200, completion())
+    )
+    replies: dict[str, Reply] = {}
+    asked = questions(teacher(endpoint), *map(str, range(5)))
+    if ends:
+        reason = r"'wise' at http.*: refused with status 400: no \(1 of 5 answers failed"
+        with pytest.raises(EndpointError, match=reason):
+            ask(asked, replies=replies, max_failed_share=share)
+    else:
+        ask(asked, replies=replies, max_failed_share=share)
+    assert len(replies) == 5, "what was answered is handed over all the same"
+
+
+def test_too_large_a_share_of_failed_rows_ends_it_early(endpoint):
+    endpoint.script = lambda body, _: (400, error("no"))
+    replies: dict[str, Reply] = {}
+    asked = questions(teacher(endpoint), *map(str, range(500)))
+    with pytest.raises(EndpointError, match=r"20 of 20 answers failed"):
+        ask(asked, replies=replies, max_failed_share=0.9, concurrency=4)
+    assert len(replies) == 20
+    assert len(endpoint.requests) < 40
+
+
 @pytest.mark.parametrize(
     "body", [b"<html>\nno</html>", b"", b'{"error": "text"}', b"[" * 10**5], ids=len
 )
 def test_a_refusal_without_a_message_is_one_line_all_the_same(endpoint, body):
-    endpoint.script = lambda *_: (400, body)
-    with pytest.raises(ConfigError, match="status 400: ") as caught:
+    endpoint.script = lambda *_: (404, body)
+    with pytest.raises(ConfigError, match="status 404: ") as caught:
         ask_one(endpoint)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 1000
@@ -198,9 +270,9 @@ def test_a_garbled_reply_is_tried_again_and_then_named(endpoint, body):
     assert ask_one(endpoint).text == "yes"
     endpoint.requests.clear()
     endpoint.script = lambda *_: (200, body)
-    with pytest.raises(EndpointError, match="last: not a chat completion: ") as caught:
-        ask_one(endpoint)
-    assert "\n" not in str(caught.value)
+    failed = ask_one(endpoint)
+    assert failed.error.startswith("failed 3 times, last: not a chat completion: ")
+    assert "\n" not in failed.error
     assert endpoint.asked("q") == 3
 
 
@@ -234,8 +306,7 @@ def test_a_prompt_that_is_not_valid_unicode_is_named(endpoint):
     assert not endpoint.requests
 
 
-def test_an_endpoint_that_is_down_is_named(monkeypatch):
-    monkeypatch.setattr(client, "_WAIT_BETWEEN_TRIES", tenacity.wait_none())
+def test_an_endpoint_that_is_down_is_named():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         nobody = scripted_endpoint.Endpoint(f"http://127.0.0.1:{taken.getsockname()[1]}/v1")
     with pytest.raises(EndpointError, match=f"'wise' at {nobody.url}: failed 3 times, last: .*"):
@@ -248,7 +319,7 @@ def test_an_endpoint_that_does_not_answer_in_time_is_named(endpoint):
         ask_one(endpoint, timeout_seconds=0.1, attempts=2)
 
 
-def test_an_answer_that_trickles_in_is_not_waited_for(monkeypatch):
+def test_an_answer_that_trickles_in_is_not_waited_for():
     """The limit is for the whole answer: every byte comes in time, their sum does not."""
 
     def trickle(listener):
@@ -275,8 +346,7 @@ def test_an_answer_that_trickles_in_is_not_waited_for(monkeypatch):
 @pytest.mark.parametrize(
     "cut", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{", b"what?\r\n"]
 )
-def test_a_connection_that_breaks_is_tried_again(monkeypatch, cut):
-    monkeypatch.setattr(client, "_WAIT_BETWEEN_TRIES", tenacity.wait_none())
+def test_a_connection_that_breaks_is_tried_again(cut):
     body = completion()
     whole = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body
 
@@ -297,26 +367,22 @@ def test_a_connection_that_breaks_is_tried_again(monkeypatch, cut):
 
 def test_replies_before_a_failure_stay_and_the_rest_is_not_asked(endpoint):
     endpoint.script = lambda body, _: (
-        (400, error("bad")) if body["messages"][-1]["content"] == "3" else (200, completion())
+        (403, error("bad")) if body["messages"][-1]["content"] == "3" else (200, completion())
     )
-    replies = {}
+    replies: dict[str, Reply] = {}
+    asked = questions(teacher(endpoint), *map(str, range(30)))
     with pytest.raises(ConfigError, match="'id-3'"):
-        ask_all(
-            questions(teacher(endpoint), *map(str, range(30))),
-            ClientConfig(concurrency=1),
-            None,
-            lambda question, reply: replies.update({question.prompt_id: reply}),
-        )
+        ask(asked, replies=replies, concurrency=1)
     assert list(replies) == ["id-0", "id-1", "id-2"]
-    assert len(endpoint.requests) <= 5
+    assert len(endpoint.requests) == 4
 
 
-def test_what_on_reply_raises_comes_through(endpoint):
-    def fail(question, reply):
+def test_what_commit_raises_comes_through(endpoint):
+    def fail(rows):
         raise ConfigError("disk full")
 
     with pytest.raises(ConfigError, match="disk full"):
-        ask_all(questions(teacher(endpoint), "a", "b"), ClientConfig(), None, fail)
+        ask_all(by_teacher(questions(teacher(endpoint), "a", "b")), ClientConfig(), None, fail)
 
 
 def test_the_api_key_comes_from_the_environment(endpoint, monkeypatch):
@@ -343,7 +409,7 @@ def test_the_api_key_is_never_shown(endpoint, monkeypatch, status):
     monkeypatch.setenv("WISE_KEY", KEY)
     endpoint.script = lambda *_: (status, error(f"wrong key {KEY}, go away"))
     with pytest.raises((ConfigError, EndpointError), match=r"wrong key .*go away") as caught:
-        ask(questions(teacher(endpoint, api_key_env="WISE_KEY"), "q"))
+        ask(questions(teacher(endpoint, api_key_env="WISE_KEY"), "q"), max_failed_share=0)
     assert KEY not in str(caught.value)
 
 
@@ -356,16 +422,16 @@ def test_an_impossible_api_key_is_not_shown_either(endpoint, monkeypatch, key):
 
 
 def test_a_price_is_unknown_unless_both_parts_are_known():
-    reply = Reply("", None, "stop", 1000, 200, "", 0.1)
     prices = {"usd_per_million_prompt_tokens": 2.0, "usd_per_million_completion_tokens": 10.0}
     priced = TeacherConfig(name="a", licence="x", **prices)
-    assert price(priced, reply) == pytest.approx(0.004)
+    assert price(priced, 1000, 200) == pytest.approx(0.004)
     for missing in prices:
         assert (
-            price(TeacherConfig(name="a", licence="x", **prices | {missing: None}), reply) is None
+            price(TeacherConfig(name="a", licence="x", **prices | {missing: None}), 1000, 200)
+            is None
         )
     free = TeacherConfig(name="a", licence="x", **dict.fromkeys(prices, 0.0))
-    assert price(free, reply) == 0
+    assert price(free, 1000, 200) == 0
 
 
 @pytest.mark.parametrize(
@@ -377,6 +443,9 @@ def test_a_price_is_unknown_unless_both_parts_are_known():
         ({"base_url": "http://[broken"}, "Invalid IPv6"),
         ({"base_url": "http://elsewhere:99999/v1"}, "[Pp]ort out of range"),
         ({"base_url": "http://elsewhere/v1", "model": None}, "a base_url needs a model"),
+        ({"base_url": ["http://elsewhere/v1", "elsewhere"]}, "'elsewhere' must begin with http"),
+        ({"base_url": ["http://elsewhere/v1", "http://elsewhere/v1/"]}, "is given twice"),
+        ({"base_url": []}, "base_url"),
         ({"sampling": {"temperature": float("nan")}}, "temperature"),
         ({"sampling": {"temperature": float("inf")}}, "temperature"),
         ({"sampling": {"stop": list("abcde")}}, "stop"),

@@ -97,6 +97,26 @@ def test_a_committed_failure_gives_way_to_an_answer(tmp_path):
         assert store.count() == 1
 
 
+def test_answers_together_are_committed_all_or_none(tmp_path):
+    with AnswerStore(tmp_path / "answers.sqlite") as store:
+        store.put(answer("a", "first"))
+        store.put(answer("b", "", finish_reason="error", error="503"))
+        store.put_all([answer(key, "second") for key in "abc"])
+        found = store.get("abc")
+        assert {key: found[key].text for key in "abc"} == {
+            "a": "first",
+            "b": "second",
+            "c": "second",
+        }
+        with pytest.raises(ConfigError, match="surrogates not allowed"):
+            store.put_all([answer("d", "fine"), answer("e", "half \ud83d"), answer("f", "fine")])
+        assert store.count() == 3
+        store.put_all([])
+        store.put(answer("d", "works still"))
+    with AnswerStore(tmp_path / "answers.sqlite") as store:
+        assert store.count() == 4
+
+
 def test_many_keys_in_one_get(tmp_path):
     with AnswerStore(tmp_path / "answers.sqlite") as store:
         for number in range(0, 40, 2):
