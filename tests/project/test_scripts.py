@@ -1,4 +1,4 @@
-"""Every script explains itself at once, and answers a missing config with one line."""
+"""Every script explains itself at once, and answers a missing input with one line."""
 
 import os
 import resource
@@ -25,6 +25,14 @@ DOCUMENTED = {
     "gossip_consensus.py",
     "gossip_bench.py",
     "check_pod.py",
+    "run_batch.py",
+    "check_endpoint.py",
+    "client_speed.py",
+}
+# Those that ask an endpoint take no config; each with arguments whose input is missing.
+WITHOUT_CONFIG = {
+    "run_batch.py": ["-i", "nowhere.yaml", "-o", "out", "--base-url", "http://localhost:9/v1"],
+    "check_endpoint.py": ["nowhere.yaml"],
 }
 SCRIPTS = sorted(PRESENT | DOCUMENTED)
 
@@ -60,13 +68,14 @@ def test_help_is_quick_and_needs_no_jax(tmp_path, script):
     seconds = seconds_of_children() - before
     assert (result.returncode, result.stderr) == (0, "")
     assert script in result.stdout
-    assert "--config" in result.stdout
+    assert ("--config" in result.stdout) == (script not in WITHOUT_CONFIG)
     assert seconds < 2
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_missing_config_is_one_line_and_exit_code_2(tmp_path, script):
-    result = run(script, "--config", "nowhere.yaml", folder=tmp_path)
+def test_missing_input_is_one_line_and_exit_code_2(tmp_path, script):
+    words = WITHOUT_CONFIG.get(script, ["--config", "nowhere.yaml"])
+    result = run(script, *words, folder=tmp_path)
     assert result.returncode == 2
     assert result.stdout == ""
     assert result.stderr.endswith("\n")
