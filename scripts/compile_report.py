@@ -5,6 +5,10 @@
 Exits with 1 if the program is not what it should be: one collective-permute for each permutation
 and message, nothing gathered. The JSON file holds `topology`, `slices`, `workers`, `schedule`, the
 keys of `Wire`, and `programs` with those of `ProgramReport` (persyn_jax/bench/compile_report.py).
+
+With --engine it is the sampling engine of the config's service section that is compiled, for
+`engine.tensor` chips of the slice: no program may wait for the host, copy its cache, or gather
+anything. The JSON file then holds `topology` and `engine` (keys: those of `EngineProgram`).
 """
 
 from pathlib import Path
@@ -25,11 +29,21 @@ def main() -> None:
     parser.add_argument(
         "--cycle", action="store_true", help="also with the rounds of one period unrolled"
     )
+    parser.add_argument(
+        "--engine", action="store_true", help="the sampling engine instead of the train step"
+    )
     arguments = parser.parse_intermixed_args()
     from persyn_jax import config
     from persyn_jax.pipeline.config import RunConfig
 
     loaded = config.load(RunConfig, arguments.config, arguments.overrides)
+    if arguments.engine:
+        report_the_engine(arguments, loaded)
+    else:
+        report_the_train_step(arguments, loaded)
+
+
+def report_the_train_step(arguments, loaded) -> None:
     import dataclasses
 
     from persyn_jax import mesh, store
@@ -61,6 +75,25 @@ def main() -> None:
         }
         store.write_json(arguments.json, summary)
     if wrong := failures(reports):
+        raise RuntimeError("; ".join(wrong))
+
+
+def report_the_engine(arguments, loaded) -> None:
+    from persyn_jax import config, mesh, store
+    from persyn_jax.bench.engine_report import report_engine, report_lines
+    from persyn_jax.bench.pod_shapes import pod_mesh, pod_shape
+    from persyn_jax.models.weights import load_config
+
+    if loaded.service is None:
+        raise config.ConfigError(f"{arguments.config}: has no service section")
+    chips = pod_mesh(pod_shape(arguments.topology, 1, None)).devices.flatten().tolist()
+    mesh.start_platform("cpu", 1)
+    reports = report_engine(load_config(loaded.service.model), loaded.service.engine, chips)
+    print("\n".join(report_lines(reports)))
+    if arguments.json is not None:
+        rows = [report._asdict() for report in reports]
+        store.write_json(arguments.json, {"topology": arguments.topology, "engine": rows})
+    if wrong := [report.failure for report in reports if report.failure]:
         raise RuntimeError("; ".join(wrong))
 
 

@@ -3,9 +3,9 @@
 Training and scoring share `response_log_likelihoods`: a learnability is computed as the loss is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -14,6 +14,9 @@ import numpy as np
 
 from persyn_jax.models import decoder
 from persyn_jax.models.decoder import Array, DecoderConfig, Params
+
+CHUNK = 64
+"""Tokens of each row whose logits exist at a time."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,8 @@ def response_log_likelihoods(
 ) -> jax.Array:
     """log p(response token | all before it in its conversation), float32 [B, R]; 0 where padded.
 
-    Logits exist for response tokens only. recompute: see `decoder.hidden_states`.
+    Logits exist for response tokens only, and for CHUNK of each row at a time. recompute: see
+    `decoder.hidden_states`.
     """
     chex.assert_equal_shape([rows.tokens, rows.positions, rows.segments])
     chex.assert_equal_shape([rows.predictors, rows.targets, rows.weights])
@@ -100,9 +104,43 @@ def response_log_likelihoods(
         recompute=recompute,
     )
     hidden_BRD = jnp.take_along_axis(hidden_BTD, rows.predictors[:, :, None], axis=1)
-    log_probabilities_BRV = jax.nn.log_softmax(decoder.logits(params, hidden_BRD))
-    chosen_BR1 = jnp.take_along_axis(log_probabilities_BRV, rows.targets[:, :, None], axis=2)
-    return jnp.where(rows.weights > 0, chosen_BR1[:, :, 0], 0.0)
+    chosen_BR = in_chunks(
+        lambda hidden_BrD, targets_Br: _chosen(decoder.logits(params, hidden_BrD), targets_Br),
+        hidden_BRD,
+        rows.targets,
+    )
+    return jnp.where(rows.weights > 0, chosen_BR, 0.0)
+
+
+def _chosen(logits_BRV: jax.Array, targets_BR: Array) -> jax.Array:
+    log_probabilities_BRV = jax.nn.log_softmax(logits_BRV)
+    return jnp.take_along_axis(log_probabilities_BRV, targets_BR[:, :, None], axis=2)[:, :, 0]
+
+
+def in_chunks(function: Callable, hidden_BRD: jax.Array, targets_BR: Array) -> Any:
+    """`function(hidden, targets)` over CHUNK of the R tokens at a time; its results together.
+
+    So that [B, R, V] logits never exist, neither on the way forward nor back. Each token's logits
+    stay whole: chunks of the vocabulary would change sums, these only change how XLA orders a few.
+    function returns a pytree of arrays [B, CHUNK, ...].
+    """
+    B, R, D = hidden_BRD.shape
+    if R <= CHUNK:
+        return function(hidden_BRD, targets_BR)
+    chunks = -(-R // CHUNK)
+    padding = ((0, 0), (0, chunks * CHUNK - R))
+    hidden_BRD = jnp.pad(hidden_BRD, (*padding, (0, 0))).reshape(B, chunks, CHUNK, D)
+    targets_BR = jnp.pad(targets_BR, padding).reshape(B, chunks, CHUNK)
+    results = jax.lax.map(
+        lambda chunk: jax.checkpoint(function)(*chunk),
+        (jnp.moveaxis(hidden_BRD, 1, 0), jnp.moveaxis(targets_BR, 1, 0)),
+    )
+
+    def joined(result: jax.Array) -> jax.Array:  # [chunks, B, CHUNK, ...]
+        by_row = jnp.moveaxis(result, 0, 1)
+        return by_row.reshape(B, chunks * CHUNK, *by_row.shape[3:])[:, :R]
+
+    return jax.tree.map(joined, results)
 
 
 def last_states(

@@ -1,8 +1,9 @@
-"""The compiled programs of the sampling engine: prefill, decode, and loading of prefix blocks.
+"""The compiled programs of the sampling engine: prefill, decode, scoring, loading of prefix blocks.
 
 Shapes never change, so each program compiles once. A request's tokens depend on its prompt, its
 sampling parameters and its seed only, bitwise: chunk boundaries are fixed by position, the decode
-batch and the cache length never shrink, and no operation mixes rows.
+batch and the cache length never shrink, no operation mixes rows, and attention goes through the
+cache block by block, where a block that a row does not see adds exactly nothing to it.
 """
 
 from typing import NamedTuple
@@ -13,10 +14,15 @@ import jax.numpy as jnp
 
 from persyn_jax.models import decoder
 from persyn_jax.models.decoder import Array, DecoderConfig, Params
+from persyn_jax.models.rows import in_chunks
 
-# Per layer (keys, values): of the slots [S, C, K, E]; of the prefix pool [N, P, K, E], that is N
-# blocks of P tokens.
+# Per layer (keys, values), heads side by side (F = K E numbers a token; a TPU would pad an axis E
+# of 64 to twice, and one of a few heads more): of the slots [S, C, F]; of the prefix pool
+# [N, P, F], that is N blocks of P tokens.
 Cache = tuple[tuple[jax.Array, jax.Array], ...]
+
+ALTERNATIVES = 20
+"""How many of the most likely tokens are told with a token's log-probability, at most."""
 
 
 class Sampling(NamedTuple):
@@ -26,12 +32,37 @@ class Sampling(NamedTuple):
     """float32 [B]; 0 is greedy."""
     top_p: Array
     """float32 [B] in (0, 1]; 1 keeps the whole vocabulary."""
+    top_k: Array
+    """int32 [B]; 0 keeps the whole vocabulary."""
     seed: Array
     """uint32 [B]; the seed of the row's request."""
+    logprobs: Array
+    """bool [B]: whether somebody wants to know this row's log-probabilities."""
+
+
+class Tokens(NamedTuple):
+    """Drawn tokens, and how likely they were to the model itself.
+
+    That is at temperature 1 and with the whole vocabulary. The log-probabilities are zeros unless
+    some row asked for its own.
+    """
+
+    token: jax.Array
+    """int32 [B]"""
+    logprob: jax.Array
+    """float32 [B], of `token`."""
+    top: jax.Array
+    """int32 [B, A]: the A most likely tokens, likeliest first; A is ALTERNATIVES or V."""
+    top_logprob: jax.Array
+    """float32 [B, A]"""
 
 
 class PrefillRows(NamedTuple):
-    """One chunk of P prompt tokens for each of R rows."""
+    """One chunk of P prompt tokens for each of R rows.
+
+    Rows may hold successive chunks of one prompt: in each layer all rows write their keys and
+    values before any of them looks.
+    """
 
     tokens: Array
     """int32 [R, P]"""
@@ -47,7 +78,7 @@ class PrefillRows(NamedTuple):
 
 def empty_cache(config: DecoderConfig, rows: int, length: int, dtype=jnp.float32) -> Cache:
     """Zeros: `rows` slots of `length` tokens, or a pool of `rows` blocks of `length` tokens."""
-    shape = (rows, length, config.kv_heads, config.head_dim)
+    shape = (rows, length, config.kv_heads * config.head_dim)
     return tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.layers))
 
 
@@ -58,28 +89,26 @@ def prefill(
     pool: Cache,
     rows: PrefillRows,
     sampling: Sampling,
-) -> tuple[Cache, Cache, jax.Array]:
+) -> tuple[Cache, Cache, Tokens]:
     """Reads one chunk of each row's prompt into its slot.
 
-    Returns (cache, pool, next token int32 [R]); the token means something where the chunk ends its
-    prompt.
+    Returns (cache, pool, next tokens [R]); a token means something where the chunk ends its prompt.
     """
     R, P = rows.tokens.shape
     chex.assert_shape([rows.slot, rows.start, rows.length, rows.store], (R,))
     positions_RP = rows.start[:, None] + jnp.arange(P, dtype=jnp.int32)[None, :]
 
     def attend(q_RPHE, k_RPKE, v_RPKE, memory):
-        keys_SCKE, values_SCKE = (
+        k_RPF, v_RPF = (chunk.reshape(R, P, -1) for chunk in (k_RPKE, v_RPKE))
+        keys_SCF, values_SCF = (
             buffer.at[rows.slot[:, None], positions_RP].set(chunk, mode="drop")
-            for buffer, chunk in zip(memory, (k_RPKE, v_RPKE), strict=True)
+            for buffer, chunk in zip(memory, (k_RPF, v_RPF), strict=True)
         )
-        S, C = keys_SCKE.shape[:2]
-        own_R = jnp.minimum(rows.slot, S - 1)
-        mask_R1PC = (jnp.arange(C)[None, None, :] <= positions_RP[:, :, None])[:, None]
-        out_RPHE = jax.nn.dot_product_attention(
-            q_RPHE, keys_SCKE[own_R], values_SCKE[own_R], mask=mask_R1PC
+        own_R = jnp.minimum(rows.slot, keys_SCF.shape[0] - 1)
+        out_RPHE = attend_to_cache(
+            q_RPHE, keys_SCF, values_SCF, config.kv_heads, positions_RP, own_R
         )
-        return out_RPHE, (keys_SCKE, values_SCKE, k_RPKE, v_RPKE)
+        return out_RPHE, (keys_SCF, values_SCF, k_RPF, v_RPF)
 
     hidden_RPD, memory = decoder.hidden_states(
         config, params, rows.tokens, positions_RP, attend, cache
@@ -90,7 +119,7 @@ def prefill(
         for (pool_k, pool_v), (_, _, k, v) in zip(pool, memory, strict=True)
     )
     logits_RV = decoder.logits(params, hidden_RPD[jnp.arange(R), rows.length - 1])
-    return cache, pool, sample(logits_RV, rows.start + rows.length, sampling)
+    return cache, pool, draw(logits_RV, rows.start + rows.length, sampling)
 
 
 def decode(
@@ -101,12 +130,12 @@ def decode(
     token_S: Array,
     position_S: Array,
     sampling: Sampling,
-) -> tuple[Cache, jax.Array]:
+) -> tuple[Cache, Tokens]:
     """`steps` tokens for every slot, in use or not.
 
     token_S, position_S: int32; each slot's newest token and the position it stands at. A position
     past the cache's end writes nothing.
-    Returns (cache, tokens int32 [steps, S]).
+    Returns (cache, tokens with a leading axis of `steps`).
     """
     chex.assert_equal_shape([token_S, position_S, sampling.temperature, sampling.seed])
     slots_S = jnp.arange(token_S.shape[0])
@@ -115,24 +144,110 @@ def decode(
         cache, token_S, position_S = carry
 
         def attend(q_S1HE, k_S1KE, v_S1KE, memory):
-            keys_SCKE, values_SCKE = (
-                buffer.at[slots_S, position_S].set(new[:, 0], mode="drop")
+            keys_SCF, values_SCF = (
+                buffer.at[slots_S, position_S].set(new.reshape(len(slots_S), -1), mode="drop")
                 for buffer, new in zip(memory, (k_S1KE, v_S1KE), strict=True)
             )
-            C = keys_SCKE.shape[1]
-            mask_S11C = (jnp.arange(C)[None, :] <= position_S[:, None])[:, None, None]
-            out_S1HE = jax.nn.dot_product_attention(q_S1HE, keys_SCKE, values_SCKE, mask=mask_S11C)
-            return out_S1HE, (keys_SCKE, values_SCKE)
+            out_S1HE = attend_to_cache(
+                q_S1HE, keys_SCF, values_SCF, config.kv_heads, position_S[:, None]
+            )
+            return out_S1HE, (keys_SCF, values_SCF)
 
         hidden_S1D, cache = decoder.hidden_states(
             config, params, token_S[:, None], position_S[:, None], attend, cache
         )
         logits_SV = decoder.logits(params, hidden_S1D[:, 0])
-        token_S = sample(logits_SV, position_S + 1, sampling)
-        return (cache, token_S, position_S + 1), token_S
+        drawn = draw(logits_SV, position_S + 1, sampling)
+        return (cache, drawn.token, position_S + 1), drawn
 
-    (cache, _, _), tokens = jax.lax.scan(one_step, (cache, token_S, position_S), None, length=steps)
-    return cache, tokens
+    (cache, _, _), drawn = jax.lax.scan(one_step, (cache, token_S, position_S), None, length=steps)
+    return cache, drawn
+
+
+def attend_to_cache(
+    q_BTHE: jax.Array,
+    keys_SCF: jax.Array,
+    values_SCF: jax.Array,
+    kv_heads: int,
+    positions_BT: Array,
+    slot_B: Array | None = None,
+) -> jax.Array:
+    """Attention of T queries a row to the cache, up to each query's own position: [B, T, H, E].
+
+    slot_B: the slot each row looks at; None: row b looks at slot b.
+
+    The softmax is accumulated block by block (FlashAttention, arXiv 2205.14135), up to the last
+    position that any row asks about. So the cost follows what is in the cache and not its length,
+    and yet no row depends on how far the others go: a masked block leaves maximum, sum and output
+    as they are, bitwise. Positions past the cache belong to rows that are not in use.
+    """
+    B, T, H, E = q_BTHE.shape
+    C, K = keys_SCF.shape[1], kv_heads
+    block = cache_block(C)
+    q_BKGTE = jnp.moveaxis(q_BTHE.reshape(B, T, K, H // K, E), 1, 3)
+    last = jnp.max(jnp.where(positions_BT < C, positions_BT, 0))
+
+    def part(buffer_SCF: jax.Array, start: jax.Array) -> jax.Array:
+        piece_SNF = jax.lax.dynamic_slice_in_dim(buffer_SCF, start, block, axis=1)
+        piece_BNF = piece_SNF if slot_B is None else piece_SNF[slot_B]
+        return piece_BNF.reshape(B, block, K, E)
+
+    def add_block(index, carry):
+        highest, total, out_BKGTE = carry
+        k_BNKE, v_BNKE = (part(b, index * block) for b in (keys_SCF, values_SCF))
+        scores_BKGTN = jnp.einsum(
+            "BKGTE,BNKE->BKGTN", q_BKGTE, k_BNKE, preferred_element_type=jnp.float32
+        )
+        seen_BTN = index * block + jnp.arange(block)[None, None, :] <= positions_BT[:, :, None]
+        scores_BKGTN = jnp.where(seen_BTN[:, None, None], scores_BKGTN * E**-0.5, -jnp.inf)
+        new_highest = jnp.maximum(highest, jnp.max(scores_BKGTN, axis=-1))
+        shrink = jnp.exp(highest - new_highest)
+        weights_BKGTN = jnp.exp(scores_BKGTN - new_highest[..., None])
+        mixed_BKGTE = jnp.einsum(
+            "BKGTN,BNKE->BKGTE",
+            weights_BKGTN.astype(v_BNKE.dtype),
+            v_BNKE,
+            preferred_element_type=jnp.float32,
+        )
+        return (
+            new_highest,
+            total * shrink + jnp.sum(weights_BKGTN, axis=-1),
+            out_BKGTE * shrink[..., None] + mixed_BKGTE,
+        )
+
+    # Every query sees position 0, so the first block makes the maximum finite.
+    nothing = jnp.full((B, K, H // K, T), jnp.finfo(jnp.float32).min)
+    carry = (nothing, jnp.zeros_like(nothing), jnp.zeros(q_BKGTE.shape, jnp.float32))
+    _, total, out_BKGTE = jax.lax.fori_loop(0, last // block + 1, add_block, carry)
+    out_BTKGE = jnp.moveaxis(out_BKGTE / total[..., None], 3, 1)
+    return out_BTKGE.reshape(B, T, H, E).astype(q_BTHE.dtype)
+
+
+def cache_block(length: int) -> int:
+    """Tokens of the cache that attention reads at once: 128, or what divides the length."""
+    return next(size for size in range(min(128, length), 0, -1) if length % size == 0)
+
+
+def score(config: DecoderConfig, params: Params, tokens_BT: Array, length_B: Array) -> Tokens:
+    """How likely each token is after those before it, from one forward over whole rows: [B, T].
+
+    tokens_BT: int32, padded on the right. length_B: int32, at least 1. Nothing stands before a
+    row's first token: what is told of it means nothing. The tokens told of are `tokens_BT`.
+    """
+    B, T = tokens_BT.shape
+    chex.assert_shape(length_B, (B,))
+    index_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+    attend = decoder.attend_causally((index_BT < length_B[:, None]).astype(jnp.int32))
+    hidden_BTD, _ = decoder.hidden_states(config, params, tokens_BT, index_BT, attend)
+    alternatives = min(ALTERNATIVES, config.vocab_size)
+
+    def told(hidden_BRD: jax.Array, targets_BR: Array) -> Tokens:
+        logits_NV = decoder.logits(params, hidden_BRD).reshape(-1, config.vocab_size)
+        tokens = likelihoods(logits_NV, targets_BR.reshape(-1), alternatives)
+        return jax.tree.map(lambda leaf: leaf.reshape(B, -1, *leaf.shape[1:]), tokens)
+
+    before_BTD = jnp.roll(hidden_BTD, 1, axis=1)
+    return in_chunks(told, before_BTD, tokens_BT)
 
 
 def load_blocks(cache: Cache, pool: Cache, slot: Array, blocks: Array) -> Cache:
@@ -142,35 +257,62 @@ def load_blocks(cache: Cache, pool: Cache, slot: Array, blocks: Array) -> Cache:
     blocks in the pool = leave that part of the slot as it is.
     """
 
-    def copy(buffer_SCKE, pool_NPKE):
-        N, P = pool_NPKE.shape[:2]
-        S, C, K, E = buffer_SCKE.shape
+    def copy(buffer_SCF, pool_NPF):
+        N, P = pool_NPF.shape[:2]
+        S, C, F = buffer_SCF.shape
         chex.assert_shape(blocks, (C // P,))
-        blocked = buffer_SCKE.reshape(S, C // P, P, K, E)
+        blocked = buffer_SCF.reshape(S, C // P, P, F)
         target = jnp.where(blocks < N, jnp.arange(C // P), C // P)  # past the end: dropped
-        chunks = pool_NPKE[jnp.minimum(blocks, N - 1)]
-        return blocked.at[slot, target].set(chunks, mode="drop").reshape(S, C, K, E)
+        chunks = pool_NPF[jnp.minimum(blocks, N - 1)]
+        return blocked.at[slot, target].set(chunks, mode="drop").reshape(S, C, F)
 
     return jax.tree.map(copy, cache, pool)
 
 
-def sample(logits_BV: jax.Array, position_B: Array, sampling: Sampling) -> jax.Array:
-    """The next token of every row, int32 [B]: greedy at temperature 0, else from the top-p set.
+def draw(logits_BV: jax.Array, position_B: Array, sampling: Sampling) -> Tokens:
+    """The next token of every row, with its log-probability if any row asks for one."""
+    token_B = sample(logits_BV, position_B, sampling)
+    alternatives = min(ALTERNATIVES, logits_BV.shape[1])
 
-    The randomness of a row comes from its request's seed and the position that the token will
-    stand at.
+    def looked_up():
+        return likelihoods(logits_BV, token_B, alternatives)
+
+    def not_asked():
+        shape = (logits_BV.shape[0], alternatives)
+        return Tokens(token_B, jnp.zeros(shape[0]), jnp.zeros(shape, jnp.int32), jnp.zeros(shape))
+
+    return jax.lax.cond(jnp.any(sampling.logprobs), looked_up, not_asked)
+
+
+def likelihoods(logits_BV: jax.Array, token_B: Array, alternatives: int) -> Tokens:
+    """What the model's own distribution says of the tokens, and of the most likely ones.
+
+    All are looked up in one array: the most likely token's value equals the maximum exactly.
+    """
+    logprobs_BV = jax.nn.log_softmax(logits_BV)
+    top_logprob_BA, top_BA = jax.lax.top_k(logprobs_BV, alternatives)
+    own_B1 = jnp.take_along_axis(logprobs_BV, token_B[:, None], axis=1)
+    return Tokens(jnp.asarray(token_B), own_B1[:, 0], top_BA.astype(jnp.int32), top_logprob_BA)
+
+
+def sample(logits_BV: jax.Array, position_B: Array, sampling: Sampling) -> jax.Array:
+    """The next token of every row, int32 [B]: greedy at temperature 0, else from the kept set.
+
+    The top_k most likely tokens are kept, and of their distribution the smallest set that reaches
+    top_p. The randomness of a row comes from its request's seed and the position that the token
+    will stand at.
     """
     chex.assert_rank(logits_BV, 2)
     greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
 
-    def draw():
+    def drawn():
         temperature_B1 = jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)[:, None]
         # Below 0 before dividing: a tiny temperature then makes -inf of the others, never inf.
         below_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
         scaled_BV = below_BV / temperature_B1
         kept_BV = jax.lax.cond(
-            jnp.any(sampling.top_p < 1),
-            lambda: _keep_top_p(scaled_BV, sampling.top_p),
+            jnp.any((sampling.top_p < 1) | (sampling.top_k > 0)),
+            lambda: _keep_likely(scaled_BV, sampling.top_k, sampling.top_p),
             lambda: scaled_BV,
         )
         noise_BV = jax.vmap(
@@ -181,16 +323,22 @@ def sample(logits_BV: jax.Array, position_B: Array, sampling: Sampling) -> jax.A
         drawn_B = jnp.argmax(kept_BV + noise_BV, axis=-1).astype(jnp.int32)
         return jnp.where(sampling.temperature > 0, drawn_B, greedy_B)
 
-    return jax.lax.cond(jnp.any(sampling.temperature > 0), draw, lambda: greedy_B)
+    return jax.lax.cond(jnp.any(sampling.temperature > 0), drawn, lambda: greedy_B)
 
 
-def _keep_top_p(logits_BV: jax.Array, top_p_B: Array) -> jax.Array:
-    """-inf outside the smallest set of most likely tokens whose probability reaches top_p."""
+def _keep_likely(logits_BV: jax.Array, top_k_B: Array, top_p_B: Array) -> jax.Array:
+    """-inf outside the top_k tokens, and of those outside the smallest set that reaches top_p.
+
+    Tokens as likely as the last one kept are kept too.
+    """
+    V = logits_BV.shape[1]
     sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
+    k_B1 = jnp.where(top_k_B > 0, jnp.minimum(top_k_B, V), V)[:, None]
+    sorted_BV = jnp.where(jnp.arange(V)[None, :] < k_B1, sorted_BV, -jnp.inf)
     probability_BV = jax.nn.softmax(sorted_BV, axis=-1)
     before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
-    kept_B = jnp.sum(before_BV < top_p_B[:, None], axis=-1)
-    threshold_B1 = jnp.take_along_axis(sorted_BV, kept_B[:, None] - 1, axis=-1)
     # Rounding could drop the tail of a row with top_p 1, and only beside neighbours that have less.
-    keep_BV = (logits_BV >= threshold_B1) | (top_p_B[:, None] >= 1)
-    return jnp.where(keep_BV, logits_BV, -jnp.inf)
+    within_BV = (before_BV < top_p_B[:, None]) | (top_p_B[:, None] >= 1)
+    kept_B1 = jnp.minimum(jnp.sum(within_BV, axis=-1, keepdims=True), k_B1)
+    threshold_B1 = jnp.take_along_axis(sorted_BV, kept_B1 - 1, axis=-1)
+    return jnp.where(logits_BV >= threshold_B1, logits_BV, -jnp.inf)

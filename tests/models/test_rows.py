@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import numpy as np
 import numpy_llama
@@ -102,3 +103,22 @@ def test_the_pooled_state_is_the_last_real_tokens_whatever_stands_behind_it(prom
     real = np.arange(T) < length_B[:, None]
     zeroed = np.asarray(STATES(PARAMS, np.where(real, tokens_BT, 0).astype(np.int32), length_B))
     np.testing.assert_array_equal(state_BD, zeroed)
+
+
+def test_chunks_of_tokens_change_nothing_but_rounding(monkeypatch):
+    rng = np.random.default_rng(0)
+    long = [[Conversation(tuple(rng.integers(0, 30, 4)), tuple(rng.integers(0, 30, 150)))]] * 2
+    packed = rows.pack(long, 160, 150)  # three chunks, the last not full
+
+    def total(params):
+        return rows.response_log_likelihoods(CONFIG, params, packed).sum()
+
+    def computed():
+        values = jax.jit(lambda: rows.response_log_likelihoods(CONFIG, PARAMS, packed))()
+        return np.asarray(values), jax.jit(jax.grad(total))(PARAMS)
+
+    in_chunks, its_gradient = computed()
+    monkeypatch.setattr(rows, "CHUNK", 1000)
+    whole, expected_gradient = computed()
+    np.testing.assert_allclose(in_chunks, whole, rtol=1e-6)
+    chex.assert_trees_all_close(its_gradient, expected_gradient, atol=1e-3, rtol=1e-4)

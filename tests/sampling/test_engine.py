@@ -1,6 +1,7 @@
 """The engine against the plain forward, and that a request's answer is its own affair."""
 
 import dataclasses
+import itertools
 
 import jax
 import numpy as np
@@ -9,9 +10,10 @@ from engine_cases import CONFIG, EOS, MODEL, random_request, sharp_model
 
 from persyn_jax import config
 from persyn_jax.config import ConfigError
-from persyn_jax.models import decoder
+from persyn_jax.models import decoder, rows
+from persyn_jax.models.rows import Conversation
 from persyn_jax.sampling.config import EngineConfig
-from persyn_jax.sampling.engine import Counters, Engine, Request
+from persyn_jax.sampling.engine import Counters, Engine, Piece, Request, ScoreRequest, Scores, join
 
 C = CONFIG.cache_length
 
@@ -33,10 +35,34 @@ def decode(tokens) -> str:
     return MODEL.tokenizer.decode(list(tokens), skip_special_tokens=True)
 
 
+class Answers:
+    """What steps bring, put together by ticket."""
+
+    def __init__(self):
+        self.pieces: dict[int, list[Piece]] = {}
+
+    def add(self, brought: dict) -> None:
+        for ticket, piece in brought.items():
+            self.pieces.setdefault(ticket, []).append(piece)
+
+    def done(self, requests: dict[int, Request]) -> dict:
+        """The finished answers. requests: by ticket."""
+        return {
+            ticket: join(pieces, len(requests[ticket].tokens))
+            for ticket, pieces in self.pieces.items()
+            if pieces[-1].finish_reason is not None
+        }
+
+
 def alone(engine: Engine, request: Request):
     """The answer with nobody beside it and nothing to reuse."""
     engine.load_params(MODEL.params)
     return engine.generate([request])[0]
+
+
+def score(engine: Engine, request: ScoreRequest) -> Scores:
+    ticket = engine.submit(request)
+    return engine.step()[ticket]
 
 
 @jax.jit
@@ -51,7 +77,7 @@ def scores(request: Request, answer: list[int], params=MODEL.params) -> np.ndarr
     """[answer token, V]: what each answer token is the argmax of, from one full forward.
 
     That is the logits at temperature 0; else logits / temperature + the Gumbel noise of (seed,
-    position), for tokens that top-p keeps.
+    position), for tokens that top-k and top-p keep.
     """
     tokens_1C = np.zeros((1, C), np.int32)
     tokens_1C[0, : len(request.tokens) + len(answer)] = [*request.tokens, *answer]
@@ -63,8 +89,11 @@ def scores(request: Request, answer: list[int], params=MODEL.params) -> np.ndarr
     scaled_NV = logits_NV / request.temperature
     p_NV = np.exp(scaled_NV) / np.exp(scaled_NV).sum(axis=1, keepdims=True)
     for row, p_V in enumerate(p_NV):
+        if request.top_k:
+            p_V = np.where(p_V >= np.sort(p_V)[-request.top_k], p_V, 0)
+            p_V /= p_V.sum()
         likelier_V = np.array([p_V[p_V > p].sum() for p in p_V])
-        scaled_NV[row, likelier_V > request.top_p + 1e-4] = -np.inf
+        scaled_NV[row, (likelier_V > request.top_p + 1e-4) | (p_V == 0)] = -np.inf
     key = jax.random.key(np.uint32(request.seed))
     noise = [
         jax.random.gumbel(jax.random.fold_in(key, first + i), (MODEL.config.vocab_size,))
@@ -88,18 +117,26 @@ def test_an_answer_does_not_depend_on_neighbours_slots_order_or_reuse(engine):
     rng = np.random.default_rng(2)
     requests = [random_request(rng, max_tokens=6) for _ in range(24)]
     expected = [alone(engine, request) for request in requests]
-    reused, orders = 0, 400
+    scored = [ScoreRequest(request.tokens, top=2) for request in requests]
+    expected_scores = [score(engine, request) for request in scored]
+    reused, orders = 0, 1000
     for order in range(orders):
         waiting = rng.permutation(len(requests))[: rng.integers(1, 9)].tolist()
-        tickets, done, before = {}, {}, engine.counters.reused_tokens
+        tickets, answers, before = {}, Answers(), engine.counters.reused_tokens
         while waiting or engine.busy:
             if waiting and rng.random() < 0.5:
                 index = waiting.pop()
                 tickets[engine.submit(requests[index])] = index
-            done |= engine.step()
-        assert {tickets[t]: c for t, c in done.items()} == {
-            index: expected[index] for index in tickets.values()
-        }, f"order {order}"
+                if rng.random() < 0.1:
+                    tickets[engine.submit(scored[index])] = index
+            answers.add(engine.step())
+        for ticket, index in tickets.items():
+            pieces = answers.pieces[ticket]
+            if isinstance(pieces[0], Scores):
+                assert pieces == [expected_scores[index]], f"order {order}"
+            else:
+                got = join(pieces, len(requests[index].tokens))
+                assert got == expected[index], f"order {order}"
         reused += engine.counters.reused_tokens > before
     assert reused > orders / 2, "too little was reused for the test to mean something"
 
@@ -278,17 +315,18 @@ def test_a_cancelled_request_leaves_no_trace(engine, steps):
     expected = [alone(engine, request) for request in requests]
     engine.load_params(MODEL.params)
     tickets = [engine.submit(request) for request in requests]
-    done = {}
+    answers, of_ticket = Answers(), dict(zip(tickets, requests, strict=True))
     for _ in range(steps):
-        done |= engine.step()
+        answers.add(engine.step())
+    done = answers.done(of_ticket)
     cancelled = [ticket for ticket in tickets[::2] if ticket not in done]
     assert cancelled
     for ticket in cancelled:
         engine.cancel(ticket)
     while engine.busy:
-        done |= engine.step()
+        answers.add(engine.step())
     kept = [i for i, ticket in enumerate(tickets) if ticket not in cancelled]
-    assert {tickets[i]: expected[i] for i in kept} == done
+    assert {tickets[i]: expected[i] for i in kept} == answers.done(of_ticket)
 
 
 def test_counters_count_what_was_done(engine):
@@ -307,7 +345,9 @@ def test_counters_count_what_was_done(engine):
     [
         (Request((), 1), "the prompt is empty"),
         (Request((1,), 0), "max_tokens is 0"),
-        (Request((1,) * 60, 5), "context too long: 60 prompt tokens .* 5 exceed .* 64"),
+        (Request((1,) * 156, 5), "context too long: 156 prompt tokens .* 5 exceed .* 160"),
+        (ScoreRequest((1,) * 161), "161 tokens exceed the context length of 160"),
+        (ScoreRequest(()), "the prompt is empty"),
         (Request((1, 259), 1), "token ids must be from 0 to 258"),
         (Request((-1,), 1), "token ids must be from 0 to 258"),
     ],
@@ -335,3 +375,110 @@ def test_a_cache_longer_than_the_models_context_is_refused():
 def test_impossible_shapes_are_refused(values, message):
     with pytest.raises(ConfigError, match=message):
         config.validate(EngineConfig, values, where="test")
+
+
+def test_log_probabilities_are_those_of_the_full_forward(engine):
+    rng = np.random.default_rng(6)
+    requests = [dataclasses.replace(random_request(rng), logprobs=top) for top in (0, 1, 5, 20) * 3]
+    for request, completion in zip(requests, engine.generate(requests), strict=True):
+        ended = completion.generated_tokens > len(completion.token_ids)
+        answer = [*completion.token_ids, *[EOS] * ended]
+        greedy = dataclasses.replace(request, temperature=0.0)  # the model's own distribution
+        expected_NV = np.asarray(jax.nn.log_softmax(scores(greedy, answer)))
+        assert [entry.token for entry in completion.logprobs] == answer
+        for entry, expected_V in zip(completion.logprobs, expected_NV, strict=True):
+            assert abs(entry.logprob - expected_V[entry.token]) < 1e-3
+            assert len(entry.top) == request.logprobs
+            values = [value for _, value in entry.top]
+            np.testing.assert_allclose(values, -np.sort(-expected_V)[: len(values)], atol=1e-3)
+            for token, value in entry.top:
+                assert abs(value - expected_V[token]) < 1e-3
+            if request.temperature == 0 and entry.top:
+                assert entry.top[0] == (entry.token, entry.logprob)  # exactly
+
+
+def test_scores_are_bitwise_those_of_the_trainers_forward(engine):
+    """In float32, at the same shape of rows: what the loss would say of the same tokens."""
+    texts = [prompt(length, length) for length in (1, 2, 30, 64, 65, 160)]
+    by_trainer = jax.jit(rows.response_log_likelihoods, static_argnums=0)
+    params = decoder.unroll(MODEL.params)
+    for first, second in itertools.pairwise(texts):
+        packed = rows.pack([[Conversation(text[:1], text[1:])] for text in (first, second)], C, C)
+        expected = np.asarray(by_trainer(MODEL.config, params, packed))
+        tickets = [engine.submit(ScoreRequest(text)) for text in (first, second)]
+        told = engine.step()
+        for row, (ticket, text) in enumerate(zip(tickets, (first, second), strict=True)):
+            assert told[ticket].logprobs[0] is None
+            actual = [entry.logprob for entry in told[ticket].logprobs[1:]]
+            assert actual == expected[row, : len(text) - 1].tolist()
+            assert [entry.token for entry in told[ticket].logprobs[1:]] == list(text[1:])
+
+
+def test_a_long_prompt_takes_all_rows_at_once(engine):
+    ticket = engine.submit(Request(prompt(24), 1))  # three rows of eight
+    assert ticket in engine.step()
+
+
+def test_long_prompts_do_not_stop_answers_that_are_under_way(engine):
+    engine.submit(Request(prompt(4), 100, temperature=9.0, seed=3))
+    first = engine.submit(Request(prompt(4, 1), 100, temperature=9.0, seed=4))
+    engine.step()
+    for seed in range(2, 6):  # two in the free slots, two waiting: 19 chunks each
+        engine.submit(Request(prompt(150, seed), 1))
+    silent = longest = 0
+    while engine.waiting:
+        brought = engine.step()
+        silent = 0 if first in brought else silent + 1
+        longest = max(longest, silent)
+    assert 0 < longest <= 4
+    for ticket in range(first - 1, first + 5):
+        engine.cancel(ticket)
+
+
+def test_scoring_and_answering_take_turns(engine):
+    answer = engine.submit(Request(prompt(4), 100, temperature=9.0, seed=3))
+    scored = [engine.submit(ScoreRequest(prompt(20, seed))) for seed in range(8)]
+    brought = [set(engine.step()) for _ in range(8)]
+    assert [answer in tickets for tickets in brought] == [False, True] * 4
+    assert set().union(*brought) == {answer, *scored}
+    engine.cancel(answer)
+
+
+def test_weights_cut_over_devices_say_the_same(engine):
+    """The program of a mesh: heads and features dealt out, sums in another order."""
+    cut = Engine(MODEL, dataclasses.replace(CONFIG, tensor=2))
+    rng = np.random.default_rng(7)
+    requests = [dataclasses.replace(random_request(rng), logprobs=3) for _ in range(12)]
+    for a, b in zip(cut.generate(requests), engine.generate(requests), strict=True):
+        assert a.token_ids == b.token_ids
+        for one, other in zip(a.logprobs, b.logprobs, strict=True):
+            assert abs(one.logprob - other.logprob) < 1e-3
+    text = cut._programs.decode.as_text()
+    assert "all-reduce" in text
+    assert "all-to-all" not in text
+    kernel = cut._params["layers"][0]["gate"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape)[0] == kernel.shape[0] // 2
+    keys = cut._cache[0][0]
+    assert keys.sharding.shard_shape(keys.shape)[2] == keys.shape[2] // 2
+
+
+def test_bfloat16_halves_weights_and_caches_and_says_nearly_the_same(engine):
+    half = Engine(MODEL, dataclasses.replace(CONFIG, dtype="bfloat16"))
+    for tree in (half._params, half._cache, half._pool):
+        assert {leaf.dtype for leaf in jax.tree.leaves(tree)} == {np.dtype(jax.numpy.bfloat16)}
+    request = ScoreRequest(prompt(100))
+    near, exact = (
+        np.array([entry.logprob for entry in score(one, request).logprobs[1:]])
+        for one in (half, engine)
+    )
+    assert 0 < np.abs(near - exact).mean() < 0.3 * exact.std()
+    assert half.generate([Request(prompt(9), 5)])[0].generated_tokens == 5
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [(9, "needs as many devices, there are 8"), (8, "must divide the model's . key-value heads")],
+)
+def test_impossible_cuts_are_refused(tensor, message):
+    with pytest.raises(ConfigError, match=message):
+        Engine(MODEL, dataclasses.replace(CONFIG, tensor=tensor))

@@ -14,11 +14,13 @@ V = len(LOGITS_V)
 ROWS = 20_000
 
 
-def draw(logits_BV, position_B, temperature_B, top_p_B, seed_B) -> np.ndarray:
+def draw(logits_BV, position_B, temperature_B, top_p_B, seed_B, top_k_B=0) -> np.ndarray:
     sampling = Sampling(
         np.asarray(temperature_B, np.float32),
         np.asarray(top_p_B, np.float32),
+        np.broadcast_to(np.asarray(top_k_B, np.int32), np.shape(seed_B)),
         np.asarray(seed_B, np.uint32),
+        np.zeros(np.shape(seed_B), bool),
     )
     logits_BV = np.asarray(logits_BV, np.float32)
     return np.asarray(SAMPLE(logits_BV, np.asarray(position_B, np.int32), sampling))

@@ -1,0 +1,54 @@
+"""Attention to the cache: what it computes, and that a row does not feel the others."""
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from persyn_jax.sampling.programs import attend_to_cache, cache_block
+
+S, C, K, G, E = 3, 384, 2, 3, 8  # three blocks of 128
+ATTEND = jax.jit(attend_to_cache, static_argnums=3)
+positions = st.integers(0, C - 1)
+
+
+def arrays(seed: int, rows: int, queries: int):
+    rng = np.random.default_rng(seed)
+    q_BTHE = rng.normal(size=(rows, queries, K * G, E)).astype(np.float32)
+    keys_SCKE, values_SCKE = rng.normal(size=(2, S, C, K, E)).astype(np.float32)
+    return q_BTHE, keys_SCKE, values_SCKE
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 99), st.lists(st.tuples(positions, positions), min_size=4, max_size=4))
+def test_it_is_attention_to_what_came_before(seed, places):
+    """Against JAX's own, with a mask over the whole cache. Rows look at slots of their own."""
+    q_BTHE, keys_SCKE, values_SCKE = arrays(seed, 4, 2)
+    positions_BT, slot_B = np.array(places, np.int32), np.array([2, 0, 2, 1], np.int32)
+    mask_B1TC = (np.arange(C) <= positions_BT[:, :, None])[:, None]
+    expected = jax.nn.dot_product_attention(
+        q_BTHE, keys_SCKE[slot_B], values_SCKE[slot_B], mask=mask_B1TC
+    )
+    keys_SCF, values_SCF = (array.reshape(S, C, -1) for array in (keys_SCKE, values_SCKE))
+    actual = ATTEND(q_BTHE, keys_SCF, values_SCF, K, positions_BT, slot_B)
+    np.testing.assert_allclose(actual, expected, atol=2e-6)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 99), positions, st.lists(st.integers(0, C), min_size=2, max_size=2))
+def test_a_row_is_bitwise_the_same_beside_any_others(seed, own, others):
+    """However far the others read. C marks rows that are not in use."""
+    q_BTHE, *cache = arrays(seed, S, 1)
+    keys_SCF, values_SCF = (array.reshape(S, C, -1) for array in cache)
+
+    def row_0(others):
+        positions_BT = np.array([[own], *[[place] for place in others]], np.int32)
+        return np.asarray(ATTEND(q_BTHE, keys_SCF, values_SCF, K, positions_BT))[0]
+
+    np.testing.assert_array_equal(row_0(others), row_0([C, C]))
+
+
+@pytest.mark.parametrize(("length", "block"), [(8, 8), (128, 128), (160, 80), (512, 128), (17, 17)])
+def test_blocks_divide_the_cache(length, block):
+    assert cache_block(length) == block
