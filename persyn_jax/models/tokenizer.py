@@ -5,7 +5,7 @@ GGUF file's vocabulary.
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,21 @@ CHATML = (
 )
 
 
-def prompt_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+def render_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
+    """The text of the conversation, in this process and however long it takes."""
+    return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+
+
+def prompt_ids(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    render: Callable[[Tokenizer, Sequence[Message]], str] = render_chat,
+) -> list[int]:
     """The conversation through the chat template, up to where the assistant begins to speak.
 
+    render: the template's part. The default is for a run's own models and prompts; the sampling
+    service renders in a process whose time and memory are bounded (`sampling.templates`): the same
+    text, at the cost of a message to that process and back.
     Raises ConfigError when the template refuses the messages (for example a role it does not know)
     or their text is not valid Unicode.
     """
@@ -39,9 +51,8 @@ def prompt_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
     try:
         for message in messages:
             message["content"].encode()  # the tokenizer itself would not say what is wrong
-        return tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
-        )
+        # No special tokens: the template has written them all, BOS included.
+        return tokenizer(render(tokenizer, messages), add_special_tokens=False)["input_ids"]
     except jinja2.TemplateError as error:
         raise ConfigError(f"the chat template refuses the messages: {error}") from None
     except UnicodeEncodeError as error:

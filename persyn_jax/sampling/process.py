@@ -6,6 +6,7 @@ standard input ends and so does the service.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import socket
@@ -22,6 +23,7 @@ from persyn_jax.config import ConfigError, to_values, validate
 from persyn_jax.sampling.config import ServiceConfig
 
 _STARTUP_SECONDS = 600
+_ENGINE_PREFIX = "persyn_engine_"  # `metrics.ENGINE_PREFIX`, which would bring JAX along
 _ERROR = "error: "  # begins the line in which the child says why it ends
 
 
@@ -33,11 +35,13 @@ class ServiceError(RuntimeError):
 def running_service(config: ServiceConfig, platform: str) -> Iterator[str]:
     """Runs the service and yields its base URL (ending in /v1) once it is healthy.
 
-    It is stopped on the way out. platform: of JAX, `cpu`, `gpu` or `tpu`.
+    It is stopped on the way out. platform: of JAX, `cpu`, `gpu` or `tpu`. It is the caller's own:
+    at a loopback address and without an API key, whatever the config says.
     Raises ConfigError for what the service calls bad input, ServiceError when it dies while
     starting.
     """
-    with bind("127.0.0.1", 0) as listener:
+    config = dataclasses.replace(config, host="127.0.0.1", api_key_env=None)
+    with bind(config.host, 0) as listener:
         root = f"http://127.0.0.1:{listener.getsockname()[1]}"
         child = subprocess.Popen(
             [sys.executable, "-m", "persyn_jax.sampling.process", str(listener.fileno())],
@@ -69,7 +73,8 @@ def running_service(config: ServiceConfig, platform: str) -> Iterator[str]:
 
 def bind(host: str, port: int) -> socket.socket:
     """A listening socket; port 0 takes a free one. Raises ConfigError when it cannot be had."""
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
@@ -82,14 +87,14 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def read_counters(base_url: str) -> dict[str, float]:
-    """The service's counters by name, from its /metrics. Raises ServiceError when it is gone."""
+    """The engine's counters by name, from /metrics. Raises ServiceError if nobody answers."""
     url = base_url.removesuffix("/v1") + "/metrics"
     try:
         text = httpx.get(url, timeout=30, trust_env=False).text
     except httpx.TransportError as error:
         raise ServiceError(f"the sampling service does not answer: {error}") from None
-    lines = [line.split() for line in text.splitlines() if not line.startswith("#")]
-    return {name.removeprefix("persyn_"): float(value) for name, value in lines}
+    lines = [line.split() for line in text.splitlines() if line.startswith(_ENGINE_PREFIX)]
+    return {name.removeprefix(_ENGINE_PREFIX): float(value) for name, value in lines}
 
 
 def _forward(stream: IO[str], reasons: list[str], started: threading.Event) -> None:
@@ -145,8 +150,11 @@ def main() -> None:
         return  # the parent ended before it said anything
     config = validate(ServiceConfig, json.loads(line), where="service")
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    from persyn_jax.mesh import start_platform
     from persyn_jax.sampling.service import run
 
+    if os.environ.get("JAX_PLATFORMS") == "cpu":  # whose devices are what one asks for
+        start_platform("cpu", config.engine.tensor)
     run(config, socket.socket(fileno=int(sys.argv[1])))
 
 

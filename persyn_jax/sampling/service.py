@@ -1,302 +1,277 @@
 """The sampling service: an OpenAI-compatible HTTP endpoint in front of one engine.
 
-    POST /v1/chat/completions    GET /v1/models    GET /health    GET /metrics
+    POST /v1/chat/completions   /v1/completions   /v1/score_tokens   /tokenize   /detokenize
+    GET  /v1/models   /health   /metrics   /version   /tokenizer_info   /openapi.json
 
 One thread drives the engine; requests of all connections meet in its slots. `/health` answers 503
-until the weights are loaded and every program is compiled.
+until the weights are loaded and every program is compiled, and again while the service ends.
 """
 
 import asyncio
-import concurrent.futures
+import importlib.metadata
 import os
-import queue
-import secrets
 import socket
 import sys
-import threading
-import time
-import traceback
-import uuid
-from collections.abc import Coroutine
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import fastapi
-import uvicorn
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
+from typing_extensions import TypedDict
 
-from persyn_jax.config import ConfigError
-from persyn_jax.models import tokenizer, weights
+from persyn_jax.sampling import protocol
+from persyn_jax.sampling.answering import Answer, Serving, score_tokens
 from persyn_jax.sampling.config import ServiceConfig
-from persyn_jax.sampling.engine import Completion, Engine, Request
+from persyn_jax.sampling.http_limits import HttpLimits, read_api_key
+from persyn_jax.sampling.openai_replies import ChatCompletion, TextCompletion
+from persyn_jax.sampling.protocol import RequestError, error_body
+from persyn_jax.sampling.server import Server
 
-# Fields of OpenAI's protocol and of vLLM's that would change the answer and are not offered, with
-# the value that asks for nothing.
-_NOT_OFFERED: dict[str, Any] = {
-    "n": 1,
-    "stream": False,
-    "logprobs": False,
-    "top_logprobs": 0,
-    "prompt_logprobs": None,
-    "echo": False,
-    "top_k": -1,
-    "min_p": 0,
-    "min_tokens": 0,
-    "presence_penalty": 0,
-    "frequency_penalty": 0,
-    "repetition_penalty": 1,
-    "logit_bias": {},
-    "bad_words": [],
-    "stop_token_ids": [],
-    "ignore_eos": False,
-    "include_stop_str_in_output": False,
-    "response_format": {"type": "text"},
-    "structured_outputs": None,
-    "tools": [],
-    "tool_choice": "none",
-    "functions": [],
-    "function_call": "none",
-    "chat_template": None,
-    "chat_template_kwargs": {},
-    "continue_final_message": False,
-    "add_generation_prompt": True,
-}
-
-_NonEmpty = Annotated[str, Field(min_length=1)]
+_STOP_SECONDS = 2.0
+_LARGE_BYTES = 64 << 10
 
 
-def _one_or_many(stop: Any) -> Any:
-    return [stop] if isinstance(stop, str) else stop
+class Status(TypedDict):
+    """The reply to GET /health."""
+
+    status: str
 
 
-class ChatMessage(BaseModel):
-    """One turn."""
+class Version(TypedDict):
+    """The reply to GET /version."""
 
-    role: Literal["system", "user", "assistant"]
-    content: str
-
-
-class ChatRequest(BaseModel):
-    """The body of POST /v1/chat/completions.
-
-    Further fields are let through unless they would change the answer.
-    """
-
-    model_config = ConfigDict(extra="allow")
-
-    model: str
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    seed: int | None = None
-    stop: Annotated[list[_NonEmpty] | None, Field(max_length=4), BeforeValidator(_one_or_many)] = (
-        None
-    )
-    return_token_ids: bool = False
+    version: str
 
 
-class BadRequestError(Exception):
-    """A request that can never succeed: 400, with the field that is to blame."""
+class ModelCard(TypedDict):
+    """A model that is served."""
 
-    def __init__(self, message: str, param: str):
-        super().__init__(message)
-        self.param = param
+    id: str
+    object: str
+    created: int
+    owned_by: str
+    max_model_len: int
 
 
-class EngineThread:
-    """Loads the engine and drives it in a thread of its own; the event loop calls `answer`."""
+class ModelList(TypedDict):
+    """The reply to GET /v1/models."""
 
-    def __init__(self, config: ServiceConfig):
-        self.config = config
-        self.engine: Engine | None = None
-        """None until it is ready."""
-        self._inbox: queue.SimpleQueue[tuple[Request, concurrent.futures.Future]] = (
-            queue.SimpleQueue()
-        )
-        threading.Thread(target=self._run, daemon=True, name="engine").start()
+    object: str
+    data: list[ModelCard]
 
-    async def answer(self, request: Request) -> Completion:
-        """Waits for the completion of a request that has passed `Engine.check`.
 
-        Cancelling the wait frees the request's slot.
-        """
-        future: concurrent.futures.Future[Completion] = concurrent.futures.Future()
-        self._inbox.put((request, future))
-        return await asyncio.wrap_future(future)
+class Tokens(TypedDict):
+    """The reply to POST /tokenize."""
 
-    def _run(self) -> None:
+    tokens: list[int]
+    count: int
+    max_model_len: int
+
+
+class Text(TypedDict):
+    """The reply to POST /detokenize."""
+
+    prompt: str
+
+
+class TokenizerInfo(TypedDict):
+    """The reply to GET /tokenizer_info."""
+
+    tokenizer_class: str
+    bos_token: str | None
+    eos_token: str
+    pad_token: str | None
+    chat_template: str
+    model_max_length: int
+
+
+class TokenScores(TypedDict):
+    """The reply to POST /v1/score_tokens: natural logarithms, from completion_start on."""
+
+    token_logprobs: list[float]
+    mean: float
+
+
+class _StrictRequest(fastapi.Request):
+    async def json(self) -> Any:
+        data = await self.body()
         try:
-            self.engine = Engine(weights.load(self.config.model), self.config.engine)
-            self._drive(self.engine)
-        except ConfigError as error:
-            _exit_process(str(error), 2)
-        except Exception as error:  # a dead engine must not look like a slow one
-            traceback.print_exc()
-            _exit_process(f"the engine failed: {type(error).__name__}: {error}", 1)
-
-    def _drive(self, engine: Engine) -> None:
-        futures: dict[int, concurrent.futures.Future[Completion]] = {}
-        while True:
-            while not engine.busy or not self._inbox.empty():
-                request, future = self._inbox.get()
-                futures[engine.submit(request)] = future
-            for ticket in [ticket for ticket, future in futures.items() if future.cancelled()]:
-                engine.cancel(ticket)
-                del futures[ticket]
-            for ticket, completion in engine.step().items():
-                future = futures.pop(ticket)
-                if future.set_running_or_notify_cancel():  # from here on it cannot be cancelled
-                    future.set_result(completion)
+            if len(data) < _LARGE_BYTES:
+                return protocol.parse_json(data)
+            return await asyncio.to_thread(protocol.parse_json, data)
+        except ValueError as error:
+            raise HTTPException(400, f"the body is not valid JSON: {error}") from None
 
 
-def _exit_process(reason: str, code: int) -> None:
-    print("error: " + " ".join(reason.split()), file=sys.stderr, flush=True)
-    os._exit(code)
+class _StrictRoute(APIRoute):
+    """Parses bodies with `protocol.parse_json`."""
+
+    def get_route_handler(self):
+        handle = super().get_route_handler()
+
+        async def strict(request: fastapi.Request) -> fastapi.Response:
+            return await handle(_StrictRequest(request.scope, request.receive))
+
+        return strict
 
 
 def create_app(config: ServiceConfig) -> fastapi.FastAPI:
-    """The HTTP application. Loading starts at once, in the background."""
-    app = fastapi.FastAPI(title="persyn_jax sampling service", docs_url=None, redoc_url=None)
-    thread = EngineThread(config)
+    """The HTTP application. Loading starts at once, in the background.
 
-    @app.exception_handler(BadRequestError)
-    async def bad_request(_, error: BadRequestError):
-        return _error(400, str(error), error.param)
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_, error: RequestValidationError):
-        first = error.errors()[0]
-        if first["type"] == "json_invalid":
-            return _error(400, "the body is not valid JSON")
-        field = ".".join(str(part) for part in first["loc"][1:]) or "body"
-        return _error(400, f"{field}: {first['msg']}", field)
-
-    @app.exception_handler(HTTPException)
-    async def http_error(_, error: HTTPException):
-        return _error(error.status_code, error.detail)
-
-    @app.get("/health")
-    async def health():
-        return _error(503, "loading") if thread.engine is None else {"status": "ok"}
-
-    @app.get("/metrics")
-    async def metrics():
-        return PlainTextResponse(_metrics_text(thread.engine))
-
-    @app.get("/v1/models")
-    async def models():
-        model = {"id": config.name, "object": "model", "created": 0, "owned_by": "persyn_jax"}
-        return {"object": "list", "data": [model]}
-
-    @app.post("/v1/chat/completions")
-    async def chat_completions(body: ChatRequest, http: fastapi.Request):
-        if body.model != config.name:
-            message = f"model: {body.model!r} is not served here; {config.name!r} is"
-            return _error(404, message, "model")
-        if thread.engine is None:
-            return _error(503, "loading")
-        request = _engine_request(thread.engine, body)
-        completion = await _unless_disconnected(thread.answer(request), http)
-        if completion is None:
-            return _error(499, "the client has gone")
-        return _chat_response(config.name, completion, body.return_token_ids)
-
+    `app.state.serving` is what it serves from. Raises ConfigError if the API key is not set.
+    """
+    api_key = read_api_key(config)
+    serving = Serving(config)
+    app = fastapi.FastAPI(
+        title="persyn_jax sampling service",
+        version=importlib.metadata.version("persyn-jax"),
+        docs_url=None,
+        redoc_url=None,
+        responses={
+            "4XX": {"model": protocol.ErrorReply, "description": "Refused"},
+            "5XX": {"model": protocol.ErrorReply, "description": "Failed"},
+        },
+    )
+    app.state.serving = serving
+    app.router.route_class = _StrictRoute
+    app.add_middleware(HttpLimits, config=config, room=serving.room, api_key=api_key)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http_error)
+    _add_completions(app, serving)
+    _add_tokens(app, serving)
+    _add_information(app, serving)
     return app
 
 
-async def _unless_disconnected(
-    answer: Coroutine[Any, Any, Completion], http: fastapi.Request
-) -> Completion | None:
-    """The answer; None if the client leaves first, and then nobody works on it any longer."""
-
-    async def until_disconnected() -> None:
-        while (await http.receive())["type"] != "http.disconnect":
-            pass
-
-    answering = asyncio.ensure_future(answer)
-    leaving = asyncio.ensure_future(until_disconnected())
-    try:
-        await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        return answering.result() if answering.done() else None
-    finally:
-        leaving.cancel()
-        answering.cancel()
+async def _invalid(_, error: Any) -> JSONResponse:
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"][1:]) or "body"
+    message = first["msg"].removeprefix("Value error, ")
+    if field == "body" and first["type"] != "missing":
+        message = "must be a JSON object, with Content-Type: application/json"
+    return JSONResponse(error_body(400, f"{field}: {message}", field), 400)
 
 
-def _engine_request(engine: Engine, body: ChatRequest) -> Request:
-    for name, value in (body.model_extra or {}).items():
-        if name in _NOT_OFFERED and value is not None and value != _NOT_OFFERED[name]:
-            raise BadRequestError(f"{name}: {value!r} is not supported", name)
-    try:
-        tokens = tuple(
-            tokenizer.prompt_ids(
-                engine.tokenizer,
-                [{"role": message.role, "content": message.content} for message in body.messages],
-            )
-        )
-    except ConfigError as error:
-        raise BadRequestError(f"messages: {error}", "messages") from None
-    room = engine.config.cache_length - len(tokens)
-    request = Request(
-        tokens=tokens,
-        max_tokens=body.max_completion_tokens or body.max_tokens or max(room, 1),
-        temperature=body.temperature,
-        top_p=body.top_p,
-        seed=secrets.randbits(32) if body.seed is None else body.seed,
-        stop=tuple(body.stop or ()),
+async def _http_error(_, error: Any) -> JSONResponse:
+    return JSONResponse(
+        error_body(error.status_code, error.detail), error.status_code, headers=error.headers
     )
-    try:
-        engine.check(request)
-    except ValueError as error:
-        raise BadRequestError(f"messages: {error}", "messages") from None
-    return request
 
 
-def _chat_response(name: str, completion: Completion, with_token_ids: bool) -> dict[str, Any]:
-    choice: dict[str, Any] = {
-        "index": 0,
-        "message": {"role": "assistant", "content": completion.text},
-        "finish_reason": completion.finish_reason,
-        "logprobs": None,
+def _check_model(config: ServiceConfig, model: str | None) -> None:
+    if model not in (config.name, None):
+        message = f"model: {model!r:.100} is not served here; {config.name!r} is"
+        raise RequestError(404, message, "model")
+
+
+def _add_completions(app: fastapi.FastAPI, serving: Serving) -> None:
+    def documented(model: Any) -> dict[int | str, dict[str, Any]]:
+        return {
+            200: {
+                "model": model,
+                "description": "The answers; with `stream`, events that bring their parts",
+                "content": {"text/event-stream": {}},
+            }
+        }
+
+    @app.post("/v1/chat/completions", responses=documented(ChatCompletion))
+    async def chat_completions(body: protocol.ChatRequest) -> fastapi.Response:
+        _check_model(serving.config, body.model)
+        return Answer(serving, body)
+
+    @app.post("/v1/completions", responses=documented(TextCompletion))
+    async def completions(body: protocol.CompletionRequest) -> fastapi.Response:
+        _check_model(serving.config, body.model)
+        return Answer(serving, body)
+
+    @app.post("/v1/score_tokens")
+    async def score(body: protocol.ScoreTokensRequest, http: fastapi.Request) -> TokenScores:
+        _check_model(serving.config, body.model)
+        found = await score_tokens(serving, body, http.receive)
+        return {"token_logprobs": found, "mean": sum(found) / len(found)}
+
+
+def _add_tokens(app: fastapi.FastAPI, serving: Serving) -> None:
+    length = serving.config.engine.cache_length
+
+    @app.post("/tokenize")
+    async def tokenize(body: protocol.TokenizeRequest) -> Tokens:
+        _check_model(serving.config, body.model)
+        reader = serving.ready().reader
+        with serving.room.take(1):
+            if body.messages is not None and body.prompt is None:
+                tokens = (await reader.chat(body.messages)).tokens
+            elif body.prompt is not None and body.messages is None:
+                tokens = await reader.text_tokens(body.prompt, body.add_special_tokens)
+            else:
+                raise RequestError(400, "prompt: either this or messages is needed", "prompt")
+        return {"tokens": list(tokens), "count": len(tokens), "max_model_len": length}
+
+    @app.post("/detokenize")
+    async def detokenize(body: protocol.DetokenizeRequest) -> Text:
+        _check_model(serving.config, body.model)
+        reader = serving.ready().reader
+        with serving.room.take(1):
+            return {"prompt": await reader.token_text(body.tokens)}
+
+    @app.get("/tokenizer_info")
+    async def tokenizer_info() -> TokenizerInfo:
+        tokenizer = serving.ready().reader.tokenizer
+        return {
+            "tokenizer_class": type(tokenizer).__name__,
+            "bos_token": tokenizer.bos_token,
+            "eos_token": tokenizer.eos_token,
+            "pad_token": tokenizer.pad_token,
+            "chat_template": tokenizer.get_chat_template(),
+            "model_max_length": length,
+        }
+
+
+def _add_information(app: fastapi.FastAPI, serving: Serving) -> None:
+    config = serving.config
+    card: ModelCard = {
+        "id": config.name,
+        "object": "model",
+        "created": 0,
+        "owned_by": "persyn_jax",
+        "max_model_len": config.engine.cache_length,
     }
-    if with_token_ids:
-        choice["token_ids"] = list(completion.token_ids)
-    return {
-        "id": f"chatcmpl-{uuid.uuid4().hex}",
-        "object": "chat.completion",
-        "created": int(time.time()),
-        "model": name,
-        "choices": [choice],
-        "usage": {
-            "prompt_tokens": completion.prompt_tokens,
-            "completion_tokens": completion.generated_tokens,
-            "total_tokens": completion.prompt_tokens + completion.generated_tokens,
-        },
-    }
 
+    @app.get("/health")
+    async def health() -> Status:
+        serving.ready()
+        if serving.room.drains:
+            raise RequestError(503, "the service is about to end")
+        return {"status": "ok"}
 
-def _error(status: int, message: str, param: str | None = None) -> JSONResponse:
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    error = {"message": message, "type": kind, "param": param, "code": None}
-    return JSONResponse({"error": error}, status_code=status)
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> fastapi.Response:
+        return fastapi.Response(serving.metrics.text(), media_type=serving.metrics.media_type)
 
+    @app.get("/version")
+    async def version() -> Version:
+        return {"version": app.version}
 
-def _metrics_text(engine: Engine | None) -> str:
-    """The engine's counters in Prometheus' text format."""
-    from prometheus_client import CollectorRegistry, Gauge, generate_latest
+    @app.get("/v1/models")
+    async def models() -> ModelList:
+        return {"object": "list", "data": [card]}
 
-    registry = CollectorRegistry()
-    values = {} if engine is None else engine.counters.as_dict()
-    for name, value in values.items():
-        Gauge(f"persyn_{name}", name.replace("_", " "), registry=registry).set(value)
-    return generate_latest(registry).decode()
+    @app.get("/v1/models/{model:path}")
+    async def one_model(model: str) -> ModelCard:
+        _check_model(config, model)
+        return card
 
 
 def run(config: ServiceConfig, listener: socket.socket) -> None:
-    """Serves on a bound socket until SIGINT or SIGTERM."""
-    server = uvicorn.Server(uvicorn.Config(create_app(config), log_level="warning", lifespan="off"))
-    server.run(sockets=[listener])
+    """Serves on a bound socket until SIGINT or SIGTERM, and until running requests have ended.
+
+    Raises ConfigError if the API key is not set.
+    """
+    app = create_app(config)
+    serving: Serving = app.state.serving
+    Server(app, serving.room, config.max_header_bytes, config.drain_seconds).run([listener])
+    if not serving.close(_STOP_SECONDS):  # it compiles: nothing can interrupt that
+        sys.stdout.flush()
+        os._exit(0)

@@ -1,66 +1,28 @@
-"""The HTTP service, as a process of its own, spoken to as any client would."""
+"""Chat completions, and what else is told over HTTP, as any client would see it."""
 
 import concurrent.futures
-import json
-import socket
 import time
-from typing import Any
 
-import httpx
+import numpy as np
 import psutil
 import pytest
+from service_cases import QUESTION, TOK, ask, chat, refused, service_config, serving
 
 from persyn_jax.models import tokenizer
-from persyn_jax.models.spec import ModelConfig
-from persyn_jax.sampling.config import EngineConfig, ServiceConfig
-from persyn_jax.sampling.process import read_counters, running_service
+from persyn_jax.sampling.process import read_counters
 
 CONTEXT = 2048
-CONFIG = ServiceConfig(
-    model=ModelConfig(weights="random:tiny"),
-    name="tiny",
-    engine=EngineConfig(
-        slots=4,
-        cache_length=CONTEXT,
-        prefill_rows=2,
-        prefill_chunk=16,
-        decode_steps=4,
-        prefix_blocks=16,
-    ),
-)
-QUESTION = [{"role": "user", "content": "Why?"}]
-TOK = tokenizer.byte_level()
 
 
 @pytest.fixture(scope="module")
 def service():
     """A client whose paths begin at the service's root. The process is gone at the end."""
     before = set(psutil.Process().children())
-    with running_service(CONFIG, "cpu") as url, httpx.Client(trust_env=False, timeout=60) as http:
-        assert url.endswith("/v1")
-        http.base_url = url.removesuffix("/v1")
+    with serving(service_config(cache_length=CONTEXT)) as http:
         (child,) = set(psutil.Process().children()) - before
+        family = [child, *child.children(recursive=True)]
         yield http
-    assert not child.is_running()
-
-
-def chat(service, **body: Any) -> dict[str, Any]:
-    return post(service, 200, **body)
-
-
-def post(service, status: int, **body: Any) -> dict[str, Any]:
-    body = {"model": "tiny", "messages": QUESTION, "max_tokens": 8} | body
-    response = service.post("/v1/chat/completions", json=body)
-    assert response.status_code == status, response.text
-    return response.json()
-
-
-def refused(service, status: int, **body: Any) -> dict[str, Any]:
-    found = post(service, status, **body)
-    assert found.keys() == {"error"}
-    assert found["error"]["type"] == "invalid_request_error"
-    assert found["error"]["message"]
-    return found["error"]
+    assert not any(process.is_running() for process in family)
 
 
 def test_a_chat_completion(service):
@@ -103,7 +65,7 @@ def test_metrics_count(service):
     read = sum(after[name] - before[name] for name in ("prompt_tokens", "reused_tokens"))
     assert read == len(tokenizer.prompt_ids(TOK, QUESTION))
     assert 0 < after["mean_slot_occupancy"] <= 4
-    assert "# TYPE persyn_decode_steps gauge" in service.get("/metrics").text
+    assert "# TYPE persyn_engine_decode_steps gauge" in service.get("/metrics").text
 
 
 def test_a_seed_replays_an_answer(service):
@@ -160,11 +122,6 @@ def test_any_valid_text_is_answered(service, content):
 @pytest.mark.parametrize(
     "field",
     [
-        {"n": 2},
-        {"stream": True},
-        {"logprobs": True},
-        {"top_logprobs": 3},
-        {"top_k": 5},
         {"min_p": 0.1},
         {"presence_penalty": 0.5},
         {"frequency_penalty": -1},
@@ -174,12 +131,17 @@ def test_any_valid_text_is_answered(service, content):
         {"tools": [{"type": "function"}]},
         {"ignore_eos": True},
         {"chat_template": "{{ 'A' * 10**9 }}"},
+        {"chat_template_kwargs": {"enable_thinking": False}},
+        {"echo": True},
+        {"best_of": 2},
+        {"prompt_logprobs": 1},
+        {"stop_token_ids": [5]},
     ],
     ids=lambda field: next(iter(field)),
 )
 def test_a_field_that_would_change_the_answer_is_named(service, field):
     (name,) = field
-    error = refused(service, 400, **field)
+    error = refused(chat(service, 400, **field))
     assert error["param"] == name
     assert error["message"].startswith(f"{name}: ")
     assert error["message"].endswith("is not supported")
@@ -187,6 +149,7 @@ def test_a_field_that_would_change_the_answer_is_named(service, field):
 
 def test_fields_that_ask_for_nothing_are_let_through(service):
     nothing = {"n": 1, "stream": False, "top_k": -1, "logit_bias": None, "tools": [], "top_p": 1}
+    nothing |= {"stop": [], "logprobs": False, "presence_penalty": 0.0, "tool_choice": "none"}
     harmless = {"user": "someone", "metadata": {"a": 1}, "unheard_of": True}
     expected = chat(service, seed=1)["choices"]
     assert chat(service, seed=1, **nothing, **harmless)["choices"] == expected
@@ -212,11 +175,25 @@ def test_fields_that_ask_for_nothing_are_let_through(service):
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
         ({"messages": [{"role": "user"}]}, "messages.0.content"),
         ({"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages.0.content",
+        ),
         ({"model": None}, "model"),
+        ({"n": 0}, "n"),
+        ({"n": 17}, "n"),
+        ({"top_k": -2}, "top_k"),
+        ({"top_k": 2**31}, "top_k"),
+        ({"seed": 2**64}, "seed"),
+        ({"max_tokens": 2**31}, "max_tokens"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"stop": ["x" * 257]}, "stop.0"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
     ],
 )
 def test_an_impossible_value_is_named(service, field, param):
-    error = refused(service, 400, **field)
+    error = refused(chat(service, 400, **field))
     assert error["param"] == param
     assert error["message"].startswith(f"{param}: ")
 
@@ -232,7 +209,10 @@ def test_an_impossible_value_is_named(service, field, param):
             b'{"model": "tiny", "messages": [{"role": "user", "content": "\\ud83d"}]}',
             "not valid Unicode",
         ),
-        (b'{"model": "tiny", "messages": [], "temperature": NaN}', "messages"),
+        (b'{"model": "tiny", "messages": [], "temperature": NaN}', "NaN is not a number"),
+        (b'{"model": "tiny", "messages": [], "temperature": 1e999}', "1e999 is too large"),
+        (b'{"model": "tiny", "messages": [], "seed": ' + b"9" * 5000 + b"}", "not valid JSON"),
+        (b'{"a": ' * 65 + b"1" + b"}" * 65, "nested deeper than 64 levels"),
         (b"\xff\xfe", "body"),
     ],
 )
@@ -243,17 +223,8 @@ def test_a_garbled_body_is_a_bad_request(service, data, message):
     assert message in response.json()["error"]["message"]
 
 
-def test_a_temperature_that_is_no_number_is_refused(service):
-    body = {"model": "tiny", "messages": QUESTION, "temperature": float("nan")}
-    data = json.dumps(body).encode()
-    headers = {"Content-Type": "application/json"}
-    response = service.post("/v1/chat/completions", content=data, headers=headers)
-    assert response.status_code == 400
-    assert response.json()["error"]["param"] == "temperature"
-
-
 def test_another_model_is_not_found(service):
-    error = refused(service, 404, model="gpt-4")
+    error = refused(chat(service, 404, model="gpt-4"))
     assert error["message"] == "model: 'gpt-4' is not served here; 'tiny' is"
 
 
@@ -266,7 +237,7 @@ def test_another_path_is_not_found(service):
 def test_a_context_too_long_is_refused(service):
     long = [{"role": "user", "content": "x" * CONTEXT}]
     for tokens in ({"max_tokens": 1}, {"max_tokens": None}):
-        error = refused(service, 400, messages=long, **tokens)
+        error = refused(chat(service, 400, messages=long, **tokens))
         assert error["message"].startswith("messages: context too long: ")
         assert f"exceed the context length of {CONTEXT}" in error["message"]
 
@@ -278,21 +249,118 @@ def test_without_max_tokens_an_answer_may_fill_the_context(service):
     assert found["choices"][0]["finish_reason"] == "length"
 
 
-def test_a_client_that_leaves_frees_its_slot(service):
-    """Each of these answers would take about two thousand tokens."""
-    url = str(service.base_url).rstrip("/") + "/v1"
-    body = {"model": "tiny", "messages": QUESTION, "temperature": 0}
-    data = json.dumps(body).encode()
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-    request = head + b"Content-Length: %d\r\n\r\n" % len(data) + data
-    clients, before = 8, read_counters(url)["decoded_tokens"]
-    for _ in range(clients):
-        with socket.create_connection((service.base_url.host, service.base_url.port)) as leaving:
-            leaving.sendall(request)
-            time.sleep(0.05)
-    assert chat(service, max_tokens=2)  # a slot is free
-    done, now = before, read_counters(url)["decoded_tokens"]
-    while now > done:
-        time.sleep(0.3)
-        done, now = now, read_counters(url)["decoded_tokens"]
-    assert done - before < clients * (CONTEXT - 100) / 2, "it went on for those who had left"
+def test_choices_have_the_seeds_that_follow_each_other(service):
+    choices = chat(service, n=3, seed=5)["choices"]
+    assert [choice["index"] for choice in choices] == [0, 1, 2]
+    for offset, choice in enumerate(choices):
+        (alone,) = chat(service, seed=5 + offset)["choices"]
+        assert choice["message"] == alone["message"]
+    usage = chat(service, n=3, seed=5)["usage"]
+    assert usage["completion_tokens"] == 3 * 8
+    assert usage["prompt_tokens"] == len(tokenizer.prompt_ids(TOK, QUESTION))
+
+
+def test_top_k_of_one_is_greedy(service):
+    greedy = chat(service, temperature=0)["choices"]
+    assert chat(service, temperature=2, top_k=1)["choices"] == greedy
+    assert chat(service, seed=3, top_k=0)["choices"] == chat(service, seed=3)["choices"]
+
+
+def test_content_may_be_text_parts_and_developer_means_system(service):
+    parts = [{"type": "text", "text": "You"}, {"type": "text", "text": "answer."}]
+    found = chat(
+        service, temperature=0, messages=[{"role": "developer", "content": parts}, *QUESTION]
+    )
+    plain = [{"role": "system", "content": "You\nanswer."}, *QUESTION]
+    assert found["choices"] == chat(service, temperature=0, messages=plain)["choices"]
+
+
+def test_tool_calls_in_a_message_are_refused(service):
+    messages = [{"role": "assistant", "content": "", "tool_calls": [{"id": "x"}]}]
+    assert refused(chat(service, 400, messages=messages))["param"] == "messages.0.tool_calls"
+
+
+def test_too_many_messages_or_characters_are_refused_before_they_are_read(service):
+    assert refused(chat(service, 400, messages=QUESTION * 1025))["param"] == "messages"
+    error = refused(chat(service, 400, messages=[{"role": "user", "content": "x" * 10**6}]))
+    assert error["message"].startswith("messages: context too long: 1000000 characters exceed")
+
+
+def test_logprobs_of_a_chat_are_those_of_its_tokens(service):
+    """The model's own: whatever the temperature, and the likeliest first."""
+    found = chat(service, seed=2, logprobs=True, top_logprobs=3, return_token_ids=True)
+    (choice,) = found["choices"]
+    content = choice["logprobs"]["content"]
+    assert len(content) == found["usage"]["completion_tokens"]
+    said = bytes(byte for entry in content for byte in entry["bytes"])
+    assert said.decode(errors="replace") == choice["message"]["content"]
+    ids = tokenizer.prompt_ids(TOK, QUESTION) + choice["token_ids"]
+    scored = ask(service, "/v1/score_tokens", token_ids=ids, completion_start=len(ids) - 8)
+    told = [entry["logprob"] for entry in content]
+    np.testing.assert_allclose(told, scored["token_logprobs"], atol=1e-4)
+    for entry in content:
+        top = [other["logprob"] for other in entry["top_logprobs"]]
+        assert len(top) == 3
+        assert top == sorted(top, reverse=True)
+        assert max(top) >= entry["logprob"]
+        exact = bytes(entry["bytes"])
+        assert entry["token"] in (exact.decode(errors="ignore"), f"bytes:\\x{exact.hex()}")
+    cold = chat(service, seed=2, logprobs=True, temperature=0)["choices"][0]["logprobs"]["content"]
+    assert cold[0]["top_logprobs"] == []
+
+
+def test_texts_and_tokens_go_both_ways(service):
+    text = "héllo <|im_end|> \u2028"
+    tokens = ask(service, "/tokenize", prompt=text, add_special_tokens=False)
+    assert tokens["tokens"] == TOK(text, add_special_tokens=False)["input_ids"]
+    assert tokens["count"] == len(tokens["tokens"])
+    assert tokens["max_model_len"] == CONTEXT
+    assert ask(service, "/detokenize", tokens=tokens["tokens"]) == {"prompt": text}
+    chatted = ask(service, "/tokenize", messages=QUESTION)["tokens"]
+    assert chatted == tokenizer.prompt_ids(TOK, QUESTION)
+    assert refused(ask(service, "/detokenize", 400, tokens=[10**6]))["param"] == "tokens"
+    assert refused(ask(service, "/tokenize", 400))["param"] == "prompt"
+
+
+def test_tokenizer_info(service):
+    info = service.get("/tokenizer_info").json()
+    assert info["eos_token"] == "<|im_end|>"
+    assert info["chat_template"] == tokenizer.CHATML
+
+
+def test_scores_may_start_anywhere_but_before_the_first_token(service):
+    ids = TOK("abcdef")["input_ids"]
+    whole = ask(service, "/v1/score_tokens", token_ids=ids)
+    assert len(whole["token_logprobs"]) == len(ids) - 1
+    part = ask(service, "/v1/score_tokens", token_ids=ids, completion_start=4)
+    assert part["token_logprobs"] == whole["token_logprobs"][3:]
+    assert part["mean"] == pytest.approx(sum(part["token_logprobs"]) / 2)
+    for start in (0, len(ids)):
+        error = refused(
+            ask(service, "/v1/score_tokens", 400, token_ids=ids, completion_start=start)
+        )
+        assert error["param"] == "completion_start"
+
+
+def test_version_and_one_model(service):
+    assert service.get("/version").json().keys() == {"version"}
+    assert service.get("/v1/models/tiny").json()["id"] == "tiny"
+    assert service.get("/v1/models/other").status_code == 404
+
+
+def test_metrics_have_the_series_of_vllm(service):
+    chat(service, max_tokens=6, temperature=0)
+    lines = service.get("/metrics").text.splitlines()
+    values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    name = '{model_name="tiny"}'
+    for gauge in ("num_requests_running", "num_requests_waiting"):
+        assert float(values[f"persyn_{gauge}{name}"]) == 0
+    ended = float(
+        values['persyn_request_success_total{finished_reason="length",model_name="tiny"}']
+    )
+    for series in ("time_to_first_token", "time_per_output_token", "e2e_request_latency"):
+        assert float(values[f"persyn_{series}_seconds_count{name}"]) > 0
+        assert float(values[f"persyn_{series}_seconds_sum{name}"]) > 0
+    assert ended >= 1
+    for counter in ("prompt_tokens", "generation_tokens", "prefix_cache_queries"):
+        assert float(values[f"persyn_{counter}_total{name}"]) > 0
