@@ -22,7 +22,9 @@ QUESTION = [{"role": "user", "content": "Why?"}]
 TOK = tokenizer.byte_level()
 
 
-def service_config(slots: int = 4, cache_length: int = 256, **service: Any) -> ServiceConfig:
+def service_config(
+    slots: int = 4, cache_length: int = 256, decode_steps: int = 4, **service: Any
+) -> ServiceConfig:
     """The tiny model in small shapes."""
     return ServiceConfig(
         model=ModelConfig(weights="random:tiny"),
@@ -32,7 +34,7 @@ def service_config(slots: int = 4, cache_length: int = 256, **service: Any) -> S
             cache_length=cache_length,
             prefill_rows=2,
             prefill_chunk=16,
-            decode_steps=4,
+            decode_steps=decode_steps,
             prefix_blocks=16,
         ),
         **service,

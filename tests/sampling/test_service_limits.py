@@ -23,8 +23,14 @@ from persyn_jax.sampling.process import read_counters
 
 CONTEXT = 2048
 LONG = {"messages": QUESTION, "temperature": 0, "max_tokens": None}  # fills the context
+# A round trip to the host for each token: slow enough to be left, and overtaken.
 CONFIG = service_config(
-    slots=2, cache_length=CONTEXT, max_waiting=2, max_body_bytes=100_000, max_header_bytes=4096
+    slots=2,
+    cache_length=CONTEXT,
+    decode_steps=1,
+    max_waiting=2,
+    max_body_bytes=100_000,
+    max_header_bytes=4096,
 )
 
 
