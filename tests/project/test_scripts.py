@@ -20,6 +20,7 @@ DOCUMENTED = {
     "train_student.py",
     "evaluate.py",
     "report.py",
+    "serve_router.py",
     "serve_teacher.py",
     "compile_report.py",
     "gossip_consensus.py",
