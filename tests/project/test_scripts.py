@@ -22,6 +22,7 @@ DOCUMENTED = {
     "report.py",
     "serve_router.py",
     "serve_teacher.py",
+    "service_load.py",
     "compile_report.py",
     "gossip_consensus.py",
     "gossip_bench.py",
