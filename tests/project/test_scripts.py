@@ -19,6 +19,7 @@ DOCUMENTED = {
     "generate.py",
     "train_student.py",
     "evaluate.py",
+    "replay_check.py",
     "report.py",
     "serve_router.py",
     "serve_teacher.py",
