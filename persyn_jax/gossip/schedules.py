@@ -80,24 +80,6 @@ class Schedule:
             raise ValueError(f"schedule: branches must lie in [0, {branches}), the bank's size")
         if not ((self.weights_TKW >= 0) & (self.weights_TKW <= 1)).all():
             raise ValueError("schedule: weights must lie in [0, 1]")
-        if not self.present_TW.all():
-            self._check_absent()
-
-    def _check_absent(self) -> None:
-        absent_TW = ~self.present_TW
-        if isinstance(self.bank, Dense):
-            absent_sender_TKW = absent_TW[:, :, None]
-        else:
-            senders_TKW = self.bank.senders_BW[self.branches_TK]
-            absent_sender_TKW = np.take_along_axis(absent_TW[:, None], senders_TKW, axis=2)
-        sent_TKW = self.weights_TKW > 0
-        found = np.argwhere(sent_TKW & (absent_TW[:, None] | absent_sender_TKW))
-        if len(found):
-            t, slot, receiver = found[0].tolist()
-            raise ValueError(
-                f"schedule: in round {t} slot {slot} brings worker {receiver} a message, but it or "
-                "the sender is not present"
-            )
 
     @property
     def rounds(self) -> int:

@@ -270,16 +270,3 @@ def test_bad_input_is_refused_in_one_line(make, message):
     with pytest.raises(ValueError, match=message) as caught:
         make()
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("absent", [0, 1])  # the receiver, the sender
-@pytest.mark.parametrize("dense", [False, True])
-def test_nobody_who_is_absent_has_messages(absent, dense):
-    rows = Rows(np.array([[1]]), np.array([[[0.5, 0, 0, 0]]]), np.zeros(1, bool))
-    schedule = cycle(shift_bank(4), rows, 2)
-    schedule = schedule.dense() if dense else schedule
-    receiver, sender, _ = schedule.edges(1)[0]
-    present_TW = np.ones((2, 4), bool)
-    present_TW[1, (receiver, sender)[absent]] = False
-    with pytest.raises(ValueError, match=r"in round 1 slot .* brings worker 0 a message"):
-        replace(schedule, present_TW=present_TW)
