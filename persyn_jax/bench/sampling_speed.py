@@ -12,10 +12,10 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple
 
 import httpx
-import jax
 import numpy as np
 from pydantic import Field
 
@@ -115,23 +115,19 @@ class _NeverEnds:
 
 
 class Ours:
-    """The engine in this process, an engine a batch size; and the service in a child process."""
+    """The engine in this process, an engine a batch size."""
 
-    def __init__(self, model: Model, config: SpeedConfig, service_url: str | None):
+    def __init__(self, model: Model, config: SpeedConfig):
         self._config = config
         self._model = model
         self._endless = dataclasses.replace(model, tokenizer=_NeverEnds())
         self._engines: dict[EngineConfig, Engine] = {}
         self._mesh = meshes.make_mesh(1)
-        self._url = service_url
 
     def run(self, task: Task) -> int:
         """Does it; returns how many tokens count."""
         if task.kind == "score":
             return self._score(task)
-        if task.kind in ("http", "stream"):
-            assert self._url is not None
-            return asyncio.run(_ask_all(self._url, task))
         shapes = mixed_engine(self._config) if task.kind == "engine" else self._shapes(task.batch)
         if shapes not in self._engines:
             self._engines[shapes] = Engine(self._endless, shapes)
@@ -174,6 +170,10 @@ def mixed_engine(config: SpeedConfig) -> EngineConfig:
         prefix_blocks=64,
         score_rows=0,
     )
+
+
+def _ask_service(url: str, task: Task) -> int:
+    return asyncio.run(_ask_all(url, task))
 
 
 async def _ask_all(url: str, task: Task) -> int:
@@ -235,22 +235,19 @@ class Peer:
 
 def measure(config: SpeedConfig, model: Model, peers: Sequence[Peer]) -> Iterator[list[Row]]:
     """Task by task: our row, then a row a peer."""
-    service = ServiceConfig(model=config.model, engine=mixed_engine(config))
-    ours = Ours(model, config, None)
     vocab = model.config.vocab_size
-    tasks = make_tasks(config, vocab, 0)
-    for number, task in enumerate(tasks):
-        if task.kind in ("http", "stream") and ours._url is None:
-            continue
+    numbers: dict[bool, list[int]] = {False: [], True: []}  # by whether the service is asked
+    for number, task in enumerate(make_tasks(config, vocab, 0)):
+        numbers[task.kind in ("http", "stream")].append(number)
+    ours = Ours(model, config)
+    for number in numbers[False]:
         yield _compare(config, vocab, number, ours.run, peers)
-    if config.requests:
-        ours = None  # the service needs the memory
-        jax.clear_caches()
+    del ours  # the service needs the memory
+    if numbers[True]:
+        service = ServiceConfig(model=config.model, engine=mixed_engine(config))
         with running_service(service, "cpu") as url:
-            ours = Ours(model, config, url)
-            for number, task in enumerate(tasks):
-                if task.kind in ("http", "stream"):
-                    yield _compare(config, vocab, number, ours.run, peers)
+            for number in numbers[True]:
+                yield _compare(config, vocab, number, partial(_ask_service, url), peers)
 
 
 def _compare(

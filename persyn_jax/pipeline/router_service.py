@@ -8,21 +8,23 @@ The first is the interface of Prompt-to-Leaderboard (arXiv 2502.14855), the seco
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import json
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import fastapi
 import httpx
 import numpy as np
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from persyn_jax.config import ConfigError
 from persyn_jax.pipeline.config import RunConfig
 from persyn_jax.pipeline.run import Run
 from persyn_jax.records import Message
+from persyn_jax.sampling.answering import unless_disconnected
 from persyn_jax.sampling.config import ServiceConfig, TeacherConfig, teacher_messages
 from persyn_jax.sampling.http_limits import HttpLimits, Room, read_api_key
 from persyn_jax.sampling.protocol import RequestError, error_body
@@ -84,7 +86,8 @@ def load_router_of(run: Run) -> tuple[Choose, list[str]]:
     if not folder.exists():
         raise ConfigError(f"{run.folder}: has no router; run the stages up to train_router first")
     head, teachers, _ = router.load_router(folder)
-    mesh, backbone = run.mesh(), load(run.config.router_backbone, run.config.run.seed)
+    meshes.start_platform(run.config.run.platform, 1)
+    mesh, backbone = meshes.make_mesh(1), load(run.config.router_backbone, run.config.run.seed)
     on_mesh = jax.device_put(backbone.params, meshes.replicated(mesh))  # once, not in every request
     backbone = dataclasses.replace(backbone, params=on_mesh)
 
@@ -96,7 +99,8 @@ def load_router_of(run: Run) -> tuple[Choose, list[str]]:
 
 
 def find_teachers(config: RunConfig, names: Sequence[str], own_service: Callable) -> list[Asked]:
-    """Where each teacher of the router is asked; starts the run's own service if one needs it.
+    """Where each teacher of the router is asked: at the first of its URLs. Starts the run's own
+    service if one needs it.
 
     Raises ConfigError for a teacher that is not in the config any more, and a missing API key.
     """
@@ -163,18 +167,20 @@ def create_router_app(
         messages: list[Message] = [
             {"role": turn.role, "content": turn.content} for turn in body.messages
         ]
-        with room.take(1):
+        with contextlib.ExitStack() as held:  # until the last byte: the service drains so long
+            held.enter_context(room.take(1))
             _, chosen = await route(messages)
-            return await _forward(http, chosen, messages, body.model_extra or {})
+            reply = await _ask_teacher(http, chosen, messages, body.model_extra or {})
+            return _PassedOn(reply, chosen.teacher.name, held.pop_all())
 
     return app
 
 
-async def _forward(
+async def _ask_teacher(
     http: httpx.AsyncClient, asked: Asked, messages: list[Message], fields: Mapping[str, Any]
-) -> fastapi.Response:
-    """The teacher's reply, streamed or whole, status included. What the request does not say is
-    drawn as the teacher's config says."""
+) -> httpx.Response:
+    """The teacher's reply, its body not read yet. What the request does not say is drawn as the
+    teacher's config says. Raises RequestError (502) when it does not answer."""
     teacher, target = asked
     sampling = {key: value for key, value in vars(teacher.sampling).items() if value != []}
     if "max_completion_tokens" in fields:
@@ -190,24 +196,38 @@ async def _forward(
         headers=headers,
     )
     try:
-        reply = await http.send(request, stream=True, follow_redirects=False)
+        return await http.send(request, stream=True, follow_redirects=False)
     except httpx.RequestError as error:
         reason = str(error) or type(error).__name__
         raise RequestError(502, f"teacher {teacher.name!r} does not answer: {reason}") from None
 
-    async def parts() -> AsyncIterator[bytes]:
-        try:
-            async for part in reply.aiter_bytes():
-                yield part
-        finally:
-            await reply.aclose()
 
-    return StreamingResponse(
-        parts(),
-        status_code=reply.status_code,
-        media_type=reply.headers.get("content-type"),
-        headers={TEACHER_HEADER: teacher.name},
-    )
+class _PassedOn(fastapi.Response):
+    """A teacher's reply as it comes, streamed or whole, status included.
+
+    held: closed after the last byte, or when the client has left.
+    """
+
+    def __init__(self, reply: httpx.Response, teacher: str, held: contextlib.ExitStack):
+        super().__init__()
+        self._reply, self._teacher, self._held = reply, teacher, held
+
+    async def __call__(self, scope, receive, send) -> None:
+        with self._held:
+            try:
+                await unless_disconnected(self._pass_on(send), receive)
+            finally:
+                await self._reply.aclose()
+
+    async def _pass_on(self, send) -> None:
+        kind = self._reply.headers.get("content-type", "application/json")
+        headers = {"content-type": kind, TEACHER_HEADER: self._teacher}
+        raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+        status = self._reply.status_code
+        await send({"type": "http.response.start", "status": status, "headers": raw})
+        async for part in self._reply.aiter_bytes():
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
 
 
 def run_router(run: Run, listener: Any, ready: Callable[[], None]) -> None:

@@ -1,4 +1,4 @@
-"""What a command line says of an endpoint: its URL, and where its API key is."""
+"""Where an endpoint is, and where its API key stands."""
 
 import os
 from urllib.parse import urlsplit
@@ -25,16 +25,18 @@ def check_url(name: str, url: str) -> None:
         raise ConfigError(f"{name}: must be an address alone; the key stands in --api-key-env")
 
 
-def api_key(variable: str | None) -> str | None:
+def api_key(variable: str | None, whose: str = "") -> str | None:
     """The API key in the environment variable; None if none is named.
 
-    Raises ConfigError, without the key: not set, not printable ASCII.
+    whose: begins the message. Raises ConfigError, without the key: not set, not printable ASCII
+    (an HTTP library's own message would show it).
     """
     if variable is None:
         return None
+    where = f"{whose}environment variable {variable}"
     key = os.environ.get(variable, "").strip()
     if not key:
-        raise ConfigError(f"environment variable {variable} is not set")
+        raise ConfigError(f"{where} is not set")
     if not (key.isascii() and key.isprintable()):
-        raise ConfigError(f"environment variable {variable} holds characters that no API key has")
+        raise ConfigError(f"{where} holds characters that no API key has")
     return key

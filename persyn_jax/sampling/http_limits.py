@@ -9,7 +9,6 @@ import asyncio
 import hmac
 import json
 import logging
-import os
 import re
 import uuid
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from persyn_jax.config import ConfigError
+from persyn_jax.sampling.address import api_key
 from persyn_jax.sampling.config import ServiceConfig
 from persyn_jax.sampling.protocol import RequestError, error_body
 
@@ -33,14 +32,10 @@ logger = logging.getLogger("uvicorn.error")
 def read_api_key(config: ServiceConfig) -> bytes | None:
     """The key that requests must bring, from the environment; None if they need none.
 
-    Raises ConfigError if the variable is not set.
+    Raises ConfigError if the variable is not set, or holds what no key does.
     """
-    if config.api_key_env is None:
-        return None
-    key = os.environ.get(config.api_key_env, "").strip()
-    if not key:
-        raise ConfigError(f"service: environment variable {config.api_key_env} is not set")
-    return key.encode()
+    key = api_key(config.api_key_env, "service: ")
+    return None if key is None else key.encode()
 
 
 @dataclass

@@ -3,7 +3,6 @@
 import asyncio
 import itertools
 import json
-import os
 import ssl
 import time
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ import httpx
 
 from persyn_jax.config import ConfigError
 from persyn_jax.records import Message
+from persyn_jax.sampling.address import api_key
 from persyn_jax.sampling.config import ClientConfig, TeacherConfig
 from persyn_jax.sampling.replies import PassingError, Reply, read_reply
 
@@ -40,15 +40,7 @@ class Target(NamedTuple):
 
 def read_api_key(teacher: TeacherConfig) -> str | None:
     """The teacher's key from the environment. Raises ConfigError, which never shows it."""
-    if teacher.api_key_env is None:
-        return None
-    variable = f"teacher {teacher.name!r}: environment variable {teacher.api_key_env}"
-    key = os.environ.get(teacher.api_key_env, "").strip()
-    if not key:
-        raise ConfigError(f"{variable} is not set")
-    if not (key.isascii() and key.isprintable()):  # the HTTP library's own message would show it
-        raise ConfigError(f"{variable} holds characters that no API key has")
-    return key
+    return api_key(teacher.api_key_env, f"teacher {teacher.name!r}: ")
 
 
 @dataclass

@@ -110,5 +110,5 @@ class CompletionLogprobs:
 
 
 def number(logprob: float) -> float:
-    """A log-probability that JSON can hold: of at least -9999."""
-    return logprob if logprob > _LEAST else _LEAST
+    """A log-probability that JSON can hold: of at least -9999. NaN stays, and fails there."""
+    return _LEAST if logprob < _LEAST else logprob

@@ -1,11 +1,11 @@
 """The router's service: its choices against the run's records, and what reaches the teachers."""
 
 import asyncio
-import sys
-from pathlib import Path
+import json
 
 import httpx
 import pytest
+import scripted_endpoint
 from pipeline_runs import small_config
 
 from persyn_jax import config, store
@@ -16,9 +16,6 @@ from persyn_jax.records import Prompt, Route
 from persyn_jax.sampling.config import SamplingConfig, ServiceConfig, TeacherConfig, WorkedExample
 from persyn_jax.sampling.http_limits import Room
 from persyn_jax.sampling.question import Target
-
-sys.path.append(str(Path(__file__).parents[1] / "sampling"))
-import scripted_endpoint
 
 LIMITS = ServiceConfig(model=ModelConfig(weights="random:tiny"))
 
@@ -130,6 +127,31 @@ def test_a_full_router_says_so(endpoint):
     room = Room(1)
     with room.take(1):
         assert chat(app_of(endpoint.url, room), "1").status_code == 429
+
+
+def test_room_is_held_until_the_last_byte(endpoint):
+    """So that a service that is told to end waits for answers that are still on their way."""
+    room = Room(8)
+    app, taken = app_of(endpoint.url, room), []
+    body = {"model": "router-mine", "messages": [{"role": "user", "content": "1"}]}
+
+    async def ask():
+        asked = [{"type": "http.request", "body": json.dumps(body).encode()}]
+
+        async def receive():
+            return asked.pop() if asked else await asyncio.Event().wait()
+
+        async def send(message):
+            taken.append((message.get("more_body"), room.requests))
+
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions"}
+        scope |= {"query_string": b"", "headers": headers, "root_path": "", "scheme": "http"}
+        await app(scope, receive, send)
+
+    asyncio.run(ask())
+    assert taken == [(None, 1), (True, 1), (None, 1)]
+    assert room.requests == 0
 
 
 def test_it_chooses_as_the_run_did(finished_run, monkeypatch):

@@ -128,8 +128,12 @@ def test_a_key_that_is_not_there_is_bad_input(monkeypatch):
         monkeypatch.setenv("PERSYN_TEST_KEY", value)
         with pytest.raises(ConfigError, match="variable PERSYN_TEST_KEY is not set"):
             read_api_key(config)
-    monkeypatch.setenv("PERSYN_TEST_KEY", "sécret")
-    assert read_api_key(config) == "sécret".encode()
+    monkeypatch.setenv("PERSYN_TEST_KEY", "sécret")  # which no client could send, ours included
+    with pytest.raises(ConfigError, match="holds characters that no API key has") as caught:
+        read_api_key(config)
+    assert "cret" not in str(caught.value)
+    monkeypatch.setenv("PERSYN_TEST_KEY", " secret\n")
+    assert read_api_key(config) == b"secret"
     assert read_api_key(service_config()) is None
 
 
