@@ -1,6 +1,7 @@
 """Stage evaluate: the student answers the eval prompts greedily, before and after training."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from persyn_jax.evaluation.verifiers import VERIFIERS
 from persyn_jax.models import tokenizer
@@ -28,7 +29,7 @@ def evaluate(
         Request(tuple(tokenizer.prompt_ids(before.tokenizer, prompt.messages)), max_tokens)
         for prompt in examined
     ]
-    engine = Engine(before, config)
+    engine = Engine(before, replace(config, score_rows=0))  # nothing is scored here
     del before
     scores = _scores("before", examined, requests, engine)
     engine.load_params(load_after().params)

@@ -58,19 +58,16 @@ def train(folder, **gossip_values) -> list[dict]:
     return rows
 
 
-def test_the_contraction_is_measured_beside_the_predicted_one(tmp_path):
+def test_an_audited_run_is_the_same_run_and_has_its_contraction(tmp_path):
     """Two workers that swap halves agree at once: predicted and measured factors of 0."""
-    rows = train(tmp_path)
+    rows = train(tmp_path / "a", audit=True)
+    assert rows == train(tmp_path / "b")
     measured = [row for row in rows if "measured_contraction" in row]
     assert 1 < len(measured) < len(rows)
     assert all(row["predicted_contraction"] == pytest.approx(0, abs=1e-12) for row in measured)
     apart = [row for row in measured if row["measured_contraction"] is not None]
     assert apart
     assert all(row["measured_contraction"] < 1e-6 for row in apart)
-
-
-def test_an_audited_run_is_the_same_run(tmp_path):
-    assert train(tmp_path / "a", audit=True) == train(tmp_path / "b")
 
 
 def test_an_audited_run_stops_with_the_first_exchange_that_loses_mass(tmp_path, monkeypatch):
@@ -89,7 +86,6 @@ def test_an_audited_run_stops_with_the_first_exchange_that_loses_mass(tmp_path, 
         return rule._replace(update=update)
 
     monkeypatch.setattr(gossip, "gosgd", lossy)
-    train(tmp_path / "unseen")
     with pytest.raises(gossip.MassError, match="round 2 changed the mass"):
         train(tmp_path / "seen", audit=True)
 

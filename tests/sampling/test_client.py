@@ -227,7 +227,7 @@ def test_too_large_a_share_of_failed_rows_ends_it_early(endpoint):
     asked = questions(teacher(endpoint), *map(str, range(500)))
     with pytest.raises(EndpointError, match=r"20 of 20 answers failed"):
         ask(asked, replies=replies, max_failed_share=0.9, concurrency=4)
-    assert len(replies) == 20
+    assert 20 <= len(replies) < 20 + 4, "those under way may still come in"
     assert len(endpoint.requests) < 40
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from persyn_jax.models import tokenizer
+from persyn_jax.sampling.openai_replies import event
 from persyn_jax.sampling.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -162,12 +163,18 @@ def test_of_tokens_that_look_alike_the_likeliest_stays():
     assert top == {"x": -1.0, "y": -2.0}
 
 
-def test_what_json_does_not_have_is_the_least_number():
-    entry = TokenLogprob(70, -float("inf"), ((71, -0.5), (72, float("nan"))))
+def test_minus_infinity_is_the_least_number():
+    entry = TokenLogprob(70, -float("inf"), ((71, -0.5), (72, -float("inf"))))
     (told,) = chat_logprobs([entry], TokenTexts(TOK))["content"]
     assert [told["logprob"], *(top["logprob"] for top in told["top_logprobs"])] == [
         -9999,
         -0.5,
         -9999,
     ]
+
+
+def test_a_model_that_says_nan_gets_no_reply_that_hides_it():
+    entry = TokenLogprob(70, float("nan"), ())
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        event(chat_logprobs([entry], TokenTexts(TOK)))
     assert number(-9998.5) == -9998.5
