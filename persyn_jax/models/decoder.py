@@ -13,7 +13,7 @@ kernel is stored [out, in], so that the tied embedding serves as head.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import chex
 import flax.linen as nn
@@ -29,8 +29,27 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are changed for positions beyond those of pre-training."""
+
+    kind: Literal["linear", "llama3", "longrope"]
+    factor: float = 1.0
+    """Of `linear` and `llama3`: by how much low frequencies are divided."""
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 4.0
+    original_max_positions: int = 8192
+    """Of `llama3`, where its two factors are counted from."""
+    short_factors: tuple[float, ...] = ()
+    """Of `longrope`: what divides each of the E/2 frequencies up to the original positions."""
+    long_factors: tuple[float, ...] = ()
+    """Of `longrope`, beyond them; kept to be written out again: rows never get that long here."""
+    attention_factor: float = 1.0
+    """Of `longrope`: multiplies sine and cosine."""
+
+
+@dataclass(frozen=True)
 class DecoderConfig:
-    """The shape of a Llama-family decoder."""
+    """The shape of a decoder, and in what it differs from Llama's."""
 
     vocab_size: int
     layers: int
@@ -43,6 +62,33 @@ class DecoderConfig:
     norm_eps: float
     tied_embeddings: bool
     max_positions: int
+    family: Literal["llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"] = "llama"
+    """What files call it (`model_type`); only reading and writing them asks."""
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    attention_bias: bool = False
+    """q, k and v have a bias (Qwen 2.5)."""
+    qk_norm: bool = False
+    """Queries and keys are normalised head by head, before they are rotated (Qwen 3, Gemma 3)."""
+    post_norms: bool = False
+    """What attention and feed-forward return is normalised too (Gemma)."""
+    norm_offset: float = 0.0
+    """Added to every norm's scale (Gemma: 1)."""
+    embedding_scale: float = 1.0
+    """Multiplies embeddings (Gemma: the square root of D)."""
+    query_scale: float | None = None
+    """Multiplies queries; null: one over the square root of E."""
+    attention_softcap: float | None = None
+    """c: attention scores s become c tanh(s / c) (Gemma 2)."""
+    final_softcap: float | None = None
+    """The same of the logits."""
+    window: int | None = None
+    """How many tokens a local layer sees, itself included."""
+    local_layers: tuple[bool, ...] = ()
+    """Which of the L layers are local; empty: all, if there is a window."""
+    rope_scaling: RopeScaling | None = None
+    """Of layers that are not local."""
+    local_rope_theta: float | None = None
+    """Of local layers, unscaled; null: they do as the others (Gemma 3: 10000)."""
 
 
 class RMSNorm(nn.Module):
