@@ -26,8 +26,9 @@ from persyn_jax.training.batches import (
     stack_workers,
 )
 from persyn_jax.training.config import GossipConfig, TrainConfig
-from persyn_jax.training.loop import Taken, make_optimiser, run_steps, uniform_mean
+from persyn_jax.training.loop import Taken, run_steps, uniform_mean
 from persyn_jax.training.losses import response_loss
+from persyn_jax.training.optimisers import make_optimiser
 from persyn_jax.training.step import (
     LossFunction,
     TrainState,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from persyn_jax.models import router, rows
 from persyn_jax.models.decoder import Array, DecoderConfig, Params
+from persyn_jax.models.recompute import Recompute
 from persyn_jax.models.rows import Rows
 
 
@@ -25,13 +26,13 @@ class Pairs(NamedTuple):
 
 
 def response_loss(
-    config: DecoderConfig, recompute: bool, params: Params, batch: Rows
+    config: DecoderConfig, recompute: Recompute, params: Params, batch: Rows
 ) -> tuple[jax.Array, jax.Array]:
     """Mean negative log-likelihood of the response tokens, in nats a token: (loss, tokens).
 
     EOS counts where it was generated. A batch without response tokens has loss 0.
     """
-    log_likelihood_BR = rows.response_log_likelihoods(config, params, batch, recompute)
+    log_likelihood_BR = rows.response_log_likelihoods(config, params, batch, recompute != "nothing")
     weight = jnp.sum(batch.weights)
     return -jnp.sum(log_likelihood_BR * batch.weights) / jnp.maximum(weight, 1.0), weight
 
