@@ -105,7 +105,9 @@ def response_log_likelihoods(
     )
     hidden_BRD = jnp.take_along_axis(hidden_BTD, rows.predictors[:, :, None], axis=1)
     chosen_BR = in_chunks(
-        lambda hidden_BrD, targets_Br: _chosen(decoder.logits(params, hidden_BrD), targets_Br),
+        lambda hidden_BrD, targets_Br: _chosen(
+            decoder.logits(params, hidden_BrD, config.final_softcap), targets_Br
+        ),
         hidden_BRD,
         rows.targets,
     )
