@@ -46,7 +46,8 @@ def run_lm_eval(command: Path, task: str, model: str, arguments: str, *more: str
                 *("--include_path", TASKS, "--log_samples", "--output_path", folder, *more),
             ],
             cwd=TASKS,
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": f"{folder}/home"},
+            env=os.environ
+            | {"HF_HUB_OFFLINE": "1", "HF_HOME": f"{folder}/home", "NO_PROXY": "127.0.0.1"},
             capture_output=True,
             text=True,
             timeout=300,

@@ -132,7 +132,7 @@ def _read_gguf(path: Path) -> None:
     config = gguf.decoder_config(file)
     file = gguf.parameters_only(file, config)
     for name, tensor in file.tensors.items():
-        gguf.read_parameter(file, config, name, tensor.shape)
+        file.read(name, tensor.shape)
 
 
 def _write_gguf(path: Path) -> None:

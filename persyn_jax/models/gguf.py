@@ -294,15 +294,9 @@ def read_parameter(
     array = file.read(name, shape)
     if name.endswith("norm.weight") and config.norm_offset:
         return array - np.float32(config.norm_offset)  # the file has them added
-    part = name.split(".")[-2]
+    part = name.removesuffix(".weight").rpartition(".")[2]
     heads = {"attn_q": config.heads, "attn_k": config.kv_heads}.get(part)
     if config.family != "llama" or heads is None:
         return array
     # This architecture's q and k rows are stored for interleaved RoPE; ours is rotate-half.
     return array.reshape(heads, -1, 2, shape[1]).swapaxes(1, 2).reshape(shape)
-
-
-# Until `weights` calls `parameter_names`.
-PARAMETER_NAMES = parameter_names(
-    DecoderConfig(1, 1, 1, 1, 1, 1, 1, 1.0, 1.0, tied_embeddings=False, max_positions=1)
-)

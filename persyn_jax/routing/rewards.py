@@ -1,4 +1,8 @@
-"""Rewards of answers: quality and learnability, standardised and combined (PerSyn eq. 1 and 2)."""
+"""Rewards of answers: quality and learnability, standardised and combined (PerSyn eq. 1 and 2).
+
+PerSyn does not say how terms are standardised: here by the z-score within each prompt, if nothing
+else is asked for.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated
@@ -9,9 +13,11 @@ from pydantic import Field
 
 from persyn_jax.config import config_class
 from persyn_jax.records import Answer, Prompt, Reward
+from persyn_jax.routing.normalisation import Normalisation, Scope, normalise
 
 UNUSABLE_GAP = 1.0
-"""Nats a token by which an unusable answer's learnability lies below its prompt's worst usable."""
+"""By how much an unusable answer's learnability lies below its prompt's worst usable one: nats a
+token, or whatever the metric is in."""
 
 
 @config_class
@@ -45,23 +51,6 @@ def _quality(
     return verifiers[prompt.verifier](answer.text, prompt.answer)
 
 
-def standardise_within_prompt(values_M: ArrayLike) -> np.ndarray:
-    """The z-scores of one prompt's M values, by the population standard deviation.
-
-    All are exactly 0 where the values are equal. NaN stands for a value that is not known: it
-    becomes 0, the mean, and the others are standardised without it.
-    """
-    values_M = np.asarray(values_M, dtype=np.float64)
-    standardised_M = np.zeros_like(values_M)
-    known_M = ~np.isnan(values_M)
-    known = values_M[known_M]
-    if known.size and known.max() > known.min():
-        # Scaling to [0, 1] changes no z-score and keeps nearly equal values from dividing by 0.
-        scaled = (known - known.min()) / (known.max() - known.min())
-        standardised_M[known_M] = (scaled - scaled.mean()) / scaled.std()
-    return standardised_M
-
-
 def combine(
     quality_standardised: ArrayLike, learnability_standardised: ArrayLike, alpha: float
 ) -> np.ndarray:
@@ -76,66 +65,58 @@ def make_rewards(
     learnability: Sequence[float],
     response_tokens: Sequence[int],
     alpha: float,
+    normalisation: Normalisation = "z_score",
+    scope: Scope = "prompt",
 ) -> list[Reward]:
     """One reward an answer, in the order of `answers`; the other sequences run parallel to it.
 
-    quality: from `measure_quality`, or any other measure in [0, 1]; None where it is not known.
-    learnability: mean log-likelihood of a response token under the student, in nats (eq. 1). What
-        stands there for an unusable answer does not count (NaN will do): see `fill_unusable`.
+    quality: from `measure_quality`, or any other measure of which higher is better and that puts no
+        unusable answer above a usable one; None where it is not known.
+    learnability: a metric of `learnability`, higher is better: in PerSyn the mean log-likelihood of
+        a response token under the student, in nats (eq. 1). What stands there for an unusable
+        answer does not count (NaN will do): see `fill_unusable`.
     response_tokens: |y|, EOS included if it was generated.
     alpha: weight of learnability (eq. 2), in [0, 1].
+    normalisation, scope: how both terms are standardised, and among which answers.
 
-    Both terms are standardised over all answers of the same prompt. Raises ValueError where a
-    usable answer's learnability is not finite.
+    Raises ValueError where a usable answer's learnability is not finite.
     """
-    rows_of_prompt: dict[str, list[int]] = {}
-    for row, answer in enumerate(answers):
-        rows_of_prompt.setdefault(answer.prompt_id, []).append(row)
-
-    reward_of_row: dict[int, Reward] = {}
-    for rows in rows_of_prompt.values():
-        rewards_M = _rewards_of_prompt(
-            [answers[row] for row in rows],
-            [quality[row] for row in rows],
-            [learnability[row] for row in rows],
-            [response_tokens[row] for row in rows],
-            alpha,
-        )
-        reward_of_row.update(zip(rows, rewards_M, strict=True))
-    return [reward_of_row[row] for row in range(len(answers))]
-
-
-def _rewards_of_prompt(
-    answers_M: list[Answer],
-    quality_M: list[float | None],
-    learnability_M: list[float],
-    response_tokens_M: list[int],
-    alpha: float,
-) -> list[Reward]:
-    learnabilities_M = fill_unusable(learnability_M, [answer.usable for answer in answers_M])
-    if not np.isfinite(learnabilities_M).all():
-        raise ValueError(
-            f"prompt {answers_M[0].prompt_id!r}: the learnability of a usable answer must be "
-            f"finite, got {learnabilities_M.tolist()}"
-        )
-    z_quality_M = standardise_within_prompt([np.nan if q is None else q for q in quality_M])
-    z_learnability_M = standardise_within_prompt(learnabilities_M)
-    total_M = combine(z_quality_M, z_learnability_M, alpha)
+    prompt_ids = [answer.prompt_id for answer in answers]
+    filled = _filled_by_prompt(answers, learnability)
+    known_quality = [np.nan if value is None else value for value in quality]
+    quality_standardised = normalise(known_quality, prompt_ids, normalisation, scope)
+    learnability_standardised = normalise(filled, prompt_ids, normalisation, scope)
+    total = combine(quality_standardised, learnability_standardised, alpha)
     return [
         Reward(
             key=answer.key,
             prompt_id=answer.prompt_id,
             teacher=answer.teacher,
             usable=answer.usable,
-            quality=quality_M[m],
-            learnability=float(learnabilities_M[m]),
-            response_tokens=response_tokens_M[m],
-            quality_standardised=float(z_quality_M[m]),
-            learnability_standardised=float(z_learnability_M[m]),
-            total=float(total_M[m]),
+            quality=quality[row],
+            learnability=float(filled[row]),
+            response_tokens=response_tokens[row],
+            quality_standardised=float(quality_standardised[row]),
+            learnability_standardised=float(learnability_standardised[row]),
+            total=float(total[row]),
         )
-        for m, answer in enumerate(answers_M)
+        for row, answer in enumerate(answers)
     ]
+
+
+def _filled_by_prompt(answers: Sequence[Answer], learnability: Sequence[float]) -> np.ndarray:
+    rows_of: dict[str, list[int]] = {}
+    for row, answer in enumerate(answers):
+        rows_of.setdefault(answer.prompt_id, []).append(row)
+    filled = np.array(learnability, dtype=np.float64)
+    for prompt_id, rows in rows_of.items():
+        filled[rows] = fill_unusable(filled[rows], [answers[row].usable for row in rows])
+        if not np.isfinite(filled[rows]).all():
+            raise ValueError(
+                f"prompt {prompt_id!r}: the learnability of a usable answer must be finite, "
+                f"got {filled[rows].tolist()}"
+            )
+    return filled
 
 
 def fill_unusable(learnability_M: ArrayLike, usable_M: ArrayLike) -> np.ndarray:

@@ -1,5 +1,6 @@
 """The decoder against its equations in NumPy, and its two layouts against each other."""
 
+import dataclasses
 import functools
 
 import jax
@@ -121,3 +122,22 @@ def test_stacked_layers_take_no_memory():
         decoder.hidden_states(
             config, params, TOKENS_BT, positions(TOKENS_BT), attend, memory=(None,) * 2
         )
+
+
+def test_an_adapter_adds_its_product_to_the_kernel():
+    config = dataclasses.replace(numpy_llama.small_config(tied=True), lora_scale=0.5)
+    params = numpy_llama.random_params(config, seed=5)
+    rng = np.random.default_rng(6)
+    adapted, merged = dict(params["layers"]), dict(params["layers"])
+    for name in ("q", "o", "down"):
+        kernel = params["layers"][name]["kernel"]
+        depth, wide, narrow = kernel.shape
+        a_Lri, b_Lor = (
+            rng.normal(0, 0.3, s).astype(np.float32) for s in ((depth, 3, narrow), (depth, wide, 3))
+        )
+        adapted[name] = {"kernel": kernel, "lora_a": a_Lri, "lora_b": b_Lor}
+        merged[name] = {"kernel": kernel + 0.5 * b_Lor @ a_Lri}
+    found, expected = (
+        forward(config, params | {"layers": layers}, TOKENS_BT) for layers in (adapted, merged)
+    )
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-4)

@@ -49,11 +49,12 @@ def mean_loss(config, params, tokens_BT):
 
 @functools.cache
 def computed(name: str):
-    """((loss, logits), gradients), of stacked and of unrolled layers."""
+    """((loss, logits), gradients)."""
     config, params, expected = recorded(name)
-    run = jax.jit(jax.value_and_grad(functools.partial(mean_loss, config), has_aux=True))
-    layouts = params, decoder.unroll(params)
-    return [jax.tree.map(np.asarray, run(p, expected["tokens"])) for p in layouts]
+    run = jax.value_and_grad(functools.partial(mean_loss, config), has_aux=True)
+    # Compiling is what takes time here.
+    run = jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})
+    return jax.tree.map(np.asarray, run(params, expected["tokens"]))
 
 
 def test_every_family_is_recorded():
@@ -73,32 +74,36 @@ def test_every_family_is_recorded():
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits_and_loss_are_those_of_transformers(name):
     expected = recorded(name)[2]
-    for (loss, logits_BTV), _ in computed(name):
-        np.testing.assert_allclose(logits_BTV, expected["logits"], rtol=0, atol=CLOSE)
-        np.testing.assert_allclose(loss, expected["loss"], rtol=0, atol=CLOSE)
+    (loss, logits_BTV), _ = computed(name)
+    np.testing.assert_allclose(logits_BTV, expected["logits"], rtol=0, atol=CLOSE)
+    np.testing.assert_allclose(loss, expected["loss"], rtol=0, atol=CLOSE)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_gradients_of_the_loss_are_those_of_torch(name):
     config, _, expected = recorded(name)
-    names = {entry.removeprefix("norm ") for entry in expected if entry.startswith("norm ")}
-    for layout, (_, gradients) in enumerate(computed(name)):
-        if layout == 1:
-            layers = jax.tree.map(lambda *leaves: np.stack(leaves), *gradients["layers"])
-            gradients = gradients | {"layers": layers}
-        found = folder.tensors(config, gradients)
-        assert found.keys() == names
-        for tensor, gradient in found.items():
-            flat = gradient.ravel()
-            norm = np.linalg.norm(flat.astype(np.float64))
-            np.testing.assert_allclose(norm, expected[f"norm {tensor}"], rtol=CLOSE, err_msg=tensor)
-            entries = flat[np.linspace(0, flat.size - 1, ENTRIES).astype(int)]
-            np.testing.assert_allclose(
-                entries, expected[f"entries {tensor}"], rtol=CLOSE, atol=CLOSE, err_msg=tensor
-            )
+    found = folder.tensors(config, computed(name)[1])
+    assert found.keys() == {e.removeprefix("norm ") for e in expected if e.startswith("norm ")}
+    for tensor, gradient in found.items():
+        flat = gradient.ravel()
+        norm = np.linalg.norm(flat.astype(np.float64))
+        np.testing.assert_allclose(norm, expected[f"norm {tensor}"], rtol=CLOSE, err_msg=tensor)
+        entries = flat[np.linspace(0, flat.size - 1, ENTRIES).astype(int)]
+        np.testing.assert_allclose(
+            entries, expected[f"entries {tensor}"], rtol=CLOSE, atol=CLOSE, err_msg=tensor
+        )
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+# Those whose layers differ: a scan chooses inside what unrolled layers have as constants.
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "qwen2_windowed"])
+def test_unrolled_layers_say_the_same(name):
+    config, params, expected = recorded(name)
+    run = jax.jit(functools.partial(all_logits, config))
+    logits_BTV = run(decoder.unroll(params), expected["tokens"])
+    np.testing.assert_allclose(logits_BTV, expected["logits"], rtol=0, atol=CLOSE)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "llama3", "phi3", "qwen2_windowed", "qwen3"])
 def test_the_engine_draws_the_tokens_that_transformers_finds_likeliest(name):
     """Through prefill in chunks and cached decode, some way beyond the windows."""
     config, params, expected = recorded(name)

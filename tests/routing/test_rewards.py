@@ -10,7 +10,6 @@ from persyn_jax.routing.rewards import (
     combine,
     make_rewards,
     measure_quality,
-    standardise_within_prompt,
 )
 
 numbers = st.floats(-10, 10)
@@ -50,42 +49,6 @@ VERIFIERS = {"same": lambda text, reference: float(text == reference)}
 def rewards_of(answers, learnability, alpha=0.4, prompts=None):
     quality = measure_quality(prompts or [prompt()], answers, VERIFIERS)
     return make_rewards(answers, quality, learnability, [2] * len(answers), alpha)
-
-
-# Standardisation
-
-
-def test_z_scores_by_hand():
-    # mean 3, population variance (4 + 0 + 4) / 3
-    expected = np.array([-2, 0, 2]) / np.sqrt(8 / 3)
-    np.testing.assert_allclose(standardise_within_prompt([1, 3, 5]), expected, rtol=1e-12)
-
-
-@given(st.lists(numbers, min_size=2, max_size=8, unique=True))
-def test_z_scores_have_mean_0_and_variance_1_and_keep_the_order(values):
-    z = standardise_within_prompt(values)
-    assert z.mean() == pytest.approx(0, abs=1e-9)
-    assert (z**2).mean() == pytest.approx(1)
-    assert all(z[i] <= z[j] for i in range(len(z)) for j in range(len(z)) if values[i] < values[j])
-
-
-@given(st.lists(st.integers(-100, 100), min_size=1, max_size=8), st.floats(0.1, 10), numbers)
-def test_unit_and_origin_do_not_matter(values, scale, shift):
-    moved = [scale * value + shift for value in values]
-    np.testing.assert_allclose(
-        standardise_within_prompt(moved), standardise_within_prompt(values), atol=1e-9
-    )
-
-
-@given(numbers, st.integers(1, 8))
-def test_equal_values_give_exactly_0(value, size):
-    assert (standardise_within_prompt([value] * size) == 0).all()
-
-
-def test_an_unknown_value_is_the_mean_and_moves_no_other():
-    z = standardise_within_prompt([1, np.nan, 3])
-    np.testing.assert_array_equal(z, [-1, 0, 1])
-    assert (standardise_within_prompt([np.nan, np.nan]) == 0).all()
 
 
 # Totals
@@ -141,6 +104,28 @@ def test_prompts_are_standardised_apart_and_answers_keep_their_order():
     assert [r.learnability_standardised for r in rewards] == [1.0, -1.0, -1.0, 1.0]
 
 
+def test_another_normalisation_and_scope_by_hand():
+    # Two prompts, two teachers; quality 1, 0 and 0, 0; learnability -1, -3 and -2, -5.
+    answers = [answer("a"), answer("b", "8"), answer("a", "8", prompt_id="q")]
+    answers.append(answer("b", "9", prompt_id="q"))
+    quality = measure_quality([prompt("p"), prompt("q")], answers, VERIFIERS)
+    learnability = [-1.0, -3.0, -2.0, -5.0]
+
+    def totals(**how):
+        rewards = make_rewards(answers, quality, learnability, [2] * 4, 0.5, **how)
+        return [r.total for r in rewards]
+
+    assert totals(normalisation="min_max") == [1.0, 0.0, 0.5, 0.0]
+    assert totals(normalisation="min_max", scope="set") == [1.0, 0.25, 0.375, 0.0]
+    # ranks over the set: quality 1 and thrice the middle of 0, 1, 2; learnability 3, 1, 2, 0
+    expected = [0.5 + 0.5, 1 / 6 + 1 / 6, 1 / 6 + 1 / 3, 1 / 6]
+    np.testing.assert_allclose(totals(normalisation="rank", scope="set"), expected)
+    z = (np.array([-1, -3, -2, -5]) + 2.75) / np.sqrt(2.1875) + np.array([3, -1, -1, -1]) / np.sqrt(
+        3
+    )
+    np.testing.assert_allclose(totals(scope="set"), z / 2)
+
+
 # Unusable answers
 
 
@@ -159,12 +144,19 @@ usable = st.sampled_from([("7", "stop"), ("8", "stop")])
     st.lists(st.tuples(unusable, st.sampled_from([0.0, -20.0, np.nan])), min_size=1, max_size=4),
     st.floats(0.01, 1),
     st.sampled_from(["7", None]),
+    st.sampled_from(["z_score", "min_max", "rank"]),
+    st.sampled_from(["prompt", "set"]),
 )
-def test_an_unusable_answer_is_worse_than_every_usable_one(good, bad, alpha, reference):
+def test_an_unusable_answer_is_worse_than_every_usable_one(
+    good, bad, alpha, reference, normalisation, scope
+):
     rows = good + bad
     answers = [answer(f"t{n}", text, reason) for n, ((text, reason), _) in enumerate(rows)]
     learnability = [value for _, value in rows]
-    rewards = rewards_of(answers, learnability, alpha, [prompt(answer=reference)])
+    quality = measure_quality([prompt(answer=reference)], answers, VERIFIERS)
+    rewards = make_rewards(
+        answers, quality, learnability, [2] * len(answers), alpha, normalisation, scope
+    )
     worst_usable = min(r.total for r in rewards if r.usable)
     assert all(r.total < worst_usable for r in rewards if not r.usable)
     assert min(r.learnability for r in rewards) == min(v for _, v in good) - 1

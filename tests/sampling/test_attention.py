@@ -12,6 +12,7 @@ from persyn_jax.sampling.programs import attend_to_cache, cache_block
 S, C, K, G, E = 3, 384, 2, 3, 8  # three blocks of 128
 ATTEND = jax.jit(attend_to_cache, static_argnums=3)
 RULE = AttentionRule(E**-0.5)
+WINDOWS = [1, 5, 128, 200, C]
 positions = st.integers(0, C - 1)
 
 
@@ -38,15 +39,21 @@ def test_it_is_attention_to_what_came_before(seed, places):
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.integers(0, 99), positions, st.lists(st.integers(0, C), min_size=2, max_size=2))
-def test_a_row_is_bitwise_the_same_beside_any_others(seed, own, others):
+@given(
+    st.integers(0, 99),
+    positions,
+    st.lists(st.integers(0, C), min_size=2, max_size=2),
+    st.sampled_from([None, *WINDOWS]),
+)
+def test_a_row_is_bitwise_the_same_beside_any_others(seed, own, others, window):
     """However far the others read. C marks rows that are not in use."""
     q_BTHE, *cache = arrays(seed, S, 1)
     keys_SCF, values_SCF = (array.reshape(S, C, -1) for array in cache)
 
     def row_0(others):
         positions_BT = np.array([[own], *[[place] for place in others]], np.int32)
-        return np.asarray(ATTEND(q_BTHE, keys_SCF, values_SCF, RULE, positions_BT))[0]
+        rule = RULE._replace(window=window)
+        return np.asarray(ATTEND(q_BTHE, keys_SCF, values_SCF, rule, positions_BT))[0]
 
     np.testing.assert_array_equal(row_0(others), row_0([C, C]))
 
@@ -54,3 +61,36 @@ def test_a_row_is_bitwise_the_same_beside_any_others(seed, own, others):
 @pytest.mark.parametrize(("length", "block"), [(8, 8), (128, 128), (160, 80), (512, 128), (17, 17)])
 def test_blocks_divide_the_cache(length, block):
     assert cache_block(length) == block
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(0, 99),
+    st.lists(st.tuples(positions, positions), min_size=4, max_size=4),
+    st.sampled_from(WINDOWS),
+)
+def test_a_window_and_soft_capping_are_what_they_are_for_whole_rows(seed, places, window):
+    """Against the scores written out."""
+    q_BTHE, keys_SCKE, values_SCKE = arrays(seed, 4, 2)
+    positions_BT, slot_B = np.array(places, np.int32), np.array([2, 0, 2, 1], np.int32)
+    heads = np.arange(K * G) // G
+    keys_BCHE, values_BCHE = (a[slot_B][:, :, heads] for a in (keys_SCKE, values_SCKE))
+    scores = np.einsum("BTHE,BCHE->BTHC", q_BTHE.astype(np.float64), keys_BCHE) * 0.7
+    behind = positions_BT[:, :, None] - np.arange(C)
+    seen = ((behind >= 0) & (behind < window))[:, :, None]
+    weights = np.where(seen, np.exp(1.5 * np.tanh(scores / 1.5)), 0)
+    weights /= weights.sum(axis=-1, keepdims=True)
+    expected = np.einsum("BTHC,BCHE->BTHE", weights, values_BCHE)
+    rule = AttentionRule(0.7, softcap=1.5, window=window)
+    keys_SCF, values_SCF = (array.reshape(S, C, -1) for array in (keys_SCKE, values_SCKE))
+    actual = ATTEND(q_BTHE, keys_SCF, values_SCF, rule, positions_BT, slot_B)
+    np.testing.assert_allclose(actual, expected, atol=4e-6)
+
+
+@pytest.mark.parametrize("positions_BT", [[[0], [C], [C + 3]], [[C], [C], [C]]])
+def test_rows_that_are_not_in_use_divide_by_nothing(positions_BT):
+    q_BTHE, *cache = arrays(0, S, 1)
+    keys_SCF, values_SCF = (array.reshape(S, C, -1) for array in cache)
+    rule = AttentionRule(1.0, window=2)
+    out = ATTEND(q_BTHE, keys_SCF, values_SCF, rule, np.array(positions_BT, np.int32))
+    assert np.isfinite(out).all()
