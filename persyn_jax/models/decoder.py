@@ -12,8 +12,8 @@ kernel is stored [out, in], so that the tied embedding serves as head.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 import chex
 import flax.linen as nn
@@ -91,6 +91,34 @@ class DecoderConfig:
     """Of local layers, unscaled; null: they do as the others (Gemma 3: 10000)."""
 
 
+class Layout(NamedTuple):
+    """How the chips of a mesh share a decoder's parameters and work; `training.sharded` makes them.
+
+    Parameters arrive as each chip holds them. Batches are the chip's own rows.
+    """
+
+    gather: Callable[[str, Params], Params]
+    """(part, parameters) -> the parameters that this chip works with; of `layers`, one layer's."""
+    parts: int
+    """Among how many chips heads and feed-forward features are divided."""
+    sum_parts: Callable[[jax.Array], jax.Array]
+    """Sums what those chips contribute to a layer's output."""
+    share: Callable[[Any], Any]
+    """This chip's share of arrays [B, R] that those chips all hold."""
+    total: Callable[[jax.Array], jax.Array]
+    """Sums over all chips that work on one batch."""
+
+
+WHOLE = Layout(
+    gather=lambda part, params: params,
+    parts=1,
+    sum_parts=lambda x: x,
+    share=lambda tree: tree,
+    total=lambda x: x,
+)
+"""One chip has it all."""
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * scale, computed in float32 (arXiv 1910.07467)."""
 
@@ -121,6 +149,8 @@ class Layer(nn.Module):
     """Pre-norm attention and gated feed-forward. What the queries look at is `attend`'s."""
 
     config: DecoderConfig
+    sum_parts: Callable[[jax.Array], jax.Array] = WHOLE.sum_parts
+    """Where `config` has one chip's heads and features: sums over those chips."""
 
     @nn.compact
     def __call__(
@@ -137,10 +167,11 @@ class Layer(nn.Module):
         k_BTKE = rotate(heads("k", c.kv_heads, h_BTD), positions_BT, c.rope_theta)
         v_BTKE = heads("v", c.kv_heads, h_BTD)
         out_BTHE, memory = attend(q_BTHE, k_BTKE, v_BTKE, memory)
-        x_BTD = x_BTD + Dense(c.d_model, name="o")(out_BTHE.reshape(B, T, -1))
+        out_BTD = Dense(c.d_model, name="o")(out_BTHE.reshape(B, T, -1))
+        x_BTD = x_BTD + self.sum_parts(out_BTD)
         h_BTD = RMSNorm(c.norm_eps, name="mlp_norm")(x_BTD)
         gated = nn.silu(Dense(c.d_ff, name="gate")(h_BTD)) * Dense(c.d_ff, name="up")(h_BTD)
-        return x_BTD + Dense(c.d_model, name="down")(gated), memory
+        return x_BTD + self.sum_parts(Dense(c.d_model, name="down")(gated)), memory
 
 
 def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -198,6 +229,7 @@ def hidden_states(
     attend: Attend,
     memory: Any = None,
     recompute: bool = False,
+    layout: Layout = WHOLE,
 ) -> tuple[jax.Array, Any]:
     """Runs the decoder up to and with its final norm.
 
@@ -213,12 +245,20 @@ def hidden_states(
     if stacked and memory is not None:
         raise ValueError("stacked layers take no memory: unroll the parameters first")
 
-    def run_layer(x_BTD, layer_params, layer_memory=None):
-        return _apply(Layer(config), layer_params, x_BTD, positions_BT, attend, layer_memory)
+    layer = Layer(_of_one_chip(config, layout.parts), layout.sum_parts)
 
-    x_BTD = params["embed"]["embedding"][tokens_BT]
+    def run_layer(x_BTD, layer_params, layer_memory=None):
+        layer_params = layout.gather("layers", layer_params)
+        return _apply(layer, layer_params, x_BTD, positions_BT, attend, layer_memory)
+
+    x_BTD = layout.gather("embed", params["embed"])["embedding"][tokens_BT]
     if stacked:
-        body = jax.checkpoint(run_layer) if recompute else run_layer
+        if recompute:
+            body = jax.checkpoint(run_layer)
+        elif layout is not WHOLE:  # what was gathered is gathered again: one layer's at a time
+            body = jax.checkpoint(run_layer, policy=_KEEP_ALL_BUT_GATHERED)
+        else:
+            body = run_layer
         x_BTD, _ = jax.lax.scan(body, x_BTD, params["layers"])
     elif memory is None:
         for layer_params in params["layers"]:
@@ -232,13 +272,34 @@ def hidden_states(
     return _apply(RMSNorm(config.norm_eps), params["final_norm"], x_BTD), memory
 
 
+GATHERED = "gathered"
+"""`jax.ad_checkpoint.checkpoint_name` of parameters that a layout has gathered."""
+_KEEP_ALL_BUT_GATHERED = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
+
+
+def _of_one_chip(config: DecoderConfig, parts: int) -> DecoderConfig:
+    return replace(
+        config,
+        heads=config.heads // parts,
+        kv_heads=config.kv_heads // parts,
+        d_ff=config.d_ff // parts,
+    )
+
+
 def _apply(module: nn.Module, params: Params, *arguments: Any) -> Any:
     return module.apply({"params": params}, *arguments)
 
 
+def head_kernel(params: Params, layout: Layout = WHOLE) -> jax.Array:
+    """[V, D], what makes logits of hidden states: the head's, or the tied embeddings."""
+    if "head" in params:
+        return layout.gather("head", params["head"])["kernel"]
+    return layout.gather("embed", params["embed"])["embedding"]
+
+
 def logits(params: Params, hidden: jax.Array) -> jax.Array:
     """hidden [..., D] -> float32 logits [..., V]."""
-    kernel_VD = params["head"]["kernel"] if "head" in params else params["embed"]["embedding"]
+    kernel_VD = head_kernel(params)
     return project(hidden, kernel_VD).astype(jnp.float32)
 
 

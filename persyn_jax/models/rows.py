@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from persyn_jax.models import decoder
-from persyn_jax.models.decoder import Array, DecoderConfig, Params
+from persyn_jax.models.decoder import WHOLE, Array, DecoderConfig, Layout, Params
 
 CHUNK = 64
 """Tokens of each row whose logits exist at a time."""
@@ -86,7 +86,11 @@ def pack(rows: Sequence[Sequence[Conversation]], length: int, responses: int) ->
 
 
 def response_log_likelihoods(
-    config: DecoderConfig, params: Params, rows: Rows, recompute: bool = False
+    config: DecoderConfig,
+    params: Params,
+    rows: Rows,
+    recompute: bool = False,
+    layout: Layout = WHOLE,
 ) -> jax.Array:
     """log p(response token | all before it in its conversation), float32 [B, R]; 0 where padded.
 
@@ -102,10 +106,12 @@ def response_log_likelihoods(
         rows.positions,
         decoder.attend_causally(rows.segments),
         recompute=recompute,
+        layout=layout,
     )
+    head = {"head": {"kernel": decoder.head_kernel(params, layout)}}
     hidden_BRD = jnp.take_along_axis(hidden_BTD, rows.predictors[:, :, None], axis=1)
     chosen_BR = in_chunks(
-        lambda hidden_BrD, targets_Br: _chosen(decoder.logits(params, hidden_BrD), targets_Br),
+        lambda hidden_BrD, targets_Br: _chosen(decoder.logits(head, hidden_BrD), targets_Br),
         hidden_BRD,
         rows.targets,
     )
