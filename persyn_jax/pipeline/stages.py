@@ -154,11 +154,12 @@ def _train_student(run: Run, checkpoints: Path) -> dict[str, Any]:
     from persyn_jax.pipeline.train_student import StudentTraining, train_student
 
     run.stop_service()  # its memory is needed
-    config, mesh = run.config, run.mesh()
+    config, mesh = run.config, run.training_mesh()
     answers = [answer for answer in run.read(ANSWERS, Answer) if answer.usable]
     tokens = conversations(load_tokenizer(config.student), run.read(PROMPTS, Prompt), answers)
     check_answers(answers, tokens, config.training)
-    _remove_others(checkpoints)
+    if run.is_first:
+        _remove_others(checkpoints)
     metrics_file = run.folder / METRICS
     trained = train_student(
         lambda: load(config.student, config.run.seed),
@@ -166,10 +167,11 @@ def _train_student(run: Run, checkpoints: Path) -> dict[str, Any]:
         StudentTraining(config.training, config.gossip, config.run.seed),
         mesh,
         checkpoints,
-        lambda first, steps: _announce(metrics_file, first, steps),
-        lambda row: _log(metrics_file, row),
+        lambda first, steps: _announce(metrics_file, first, steps) if run.is_first else None,
+        lambda row: _log(metrics_file, row) if run.is_first else None,
     )
-    save_folder(run.folder / STUDENT, trained.model)
+    if run.is_first:
+        save_folder(run.folder / STUDENT, trained.model)
     return {
         "compiled_programs": trained.compiled_programs,
         "held_out": [answers[index].prompt_id for index in trained.held_out],
@@ -178,7 +180,7 @@ def _train_student(run: Run, checkpoints: Path) -> dict[str, Any]:
 
 def _remove_others(checkpoints: Path) -> None:
     """Checkpoints of a training with another config, other answers or other code fit no more."""
-    for path in sorted(checkpoints.parent.iterdir()):
+    for path in sorted(checkpoints.parent.glob("*")):
         if path != checkpoints:
             say(f"  removing checkpoints of another config, other answers or other code: {path}")
             shutil.rmtree(path)
@@ -358,10 +360,11 @@ STAGES: tuple[Stage, ...] = (
         modules=("persyn_jax.pipeline.tokens", "persyn_jax.pipeline.train_student"),
         reads=(PROMPTS, ANSWERS),
         writes=(STUDENT,),
-        section=_section("training", "gossip"),
+        section=_section("training", "gossip", "mesh"),
         models=_student_model,
         files=_none,
         work=_train_student,
+        elastic=("gossip.workers", "mesh.fsdp", "mesh.tensor"),
     ),
     Stage(
         name="evaluate",

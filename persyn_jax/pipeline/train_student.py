@@ -8,7 +8,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+import optax
+from jax.sharding import Mesh, NamedSharding
 
 from persyn_jax import gossip
 from persyn_jax import mesh as meshes
@@ -16,27 +17,43 @@ from persyn_jax.gossip.theory import contraction
 from persyn_jax.models.decoder import Params
 from persyn_jax.models.rows import Conversation, Rows
 from persyn_jax.models.weights import Model
-from persyn_jax.training import checkpoint
 from persyn_jax.training.batches import (
     Row,
     batch_rows,
     first_fit,
     hold_out,
     make_plan,
-    stack_workers,
+    with_steps,
 )
+from persyn_jax.training.checkpoint import Restored, restore_newest, saver
 from persyn_jax.training.config import GossipConfig, TrainConfig
-from persyn_jax.training.loop import Taken, make_optimiser, run_steps, uniform_mean
+from persyn_jax.training.loop import (
+    Taken,
+    make_optimiser,
+    run_steps,
+    stop_on_sigterm,
+    uniform_mean,
+    watchdog,
+)
 from persyn_jax.training.losses import response_loss
+from persyn_jax.training.sharded import (
+    INNER_AXES,
+    all_workers,
+    batch_spec,
+    check_mesh,
+    chip_layout,
+    make_sharded_step,
+    on_sharded_mesh,
+    parameter_specs,
+    sharded_losses,
+    state_shardings,
+)
 from persyn_jax.training.step import (
     LossFunction,
     TrainState,
     compiled_programs,
     init_state,
-    make_train_step,
-    on_mesh,
     placed_shapes,
-    stack_on_mesh,
 )
 
 
@@ -75,10 +92,14 @@ def train_student(
     load_student: called when the parameters are needed; they are kept by the workers alone.
     on_start(first step, steps) is called before the first step, on_metrics(row) after each.
 
-    Raises RuntimeError: too few conversations, no checkpoint intact; ValueError: a conversation
-    that no row has room for.
+    All processes of a run call it together. The checkpoint may be one of another number of workers
+    or of another mesh. SIGTERM ends the training after the step that runs, with a checkpoint.
+
+    Raises KeyboardInterrupt after a SIGTERM; RuntimeError: too few conversations, no checkpoint
+    intact; ValueError: a conversation that no row has room for; ConfigError: a mesh that cannot
+    divide the model.
     """
-    c, workers = config.training, config.gossip.workers
+    c, workers = config.training, mesh.shape[meshes.WORKER]
     train, held_out = hold_out(conversations, c.held_out, config.seed)
     if not held_out or len(train) < workers:
         raise RuntimeError(
@@ -86,55 +107,138 @@ def train_student(
             "workers and one for the held-out loss"
         )
     examples = [conversations[index] for index in train]
-    plan = make_plan(examples, c, workers, config.seed)
-    schedule = gossip.gosgd_schedule(
-        workers, len(plan), config.gossip.exchange_probability, config.seed
-    )
 
     student = load_student()
-    loss = functools.partial(response_loss, student.config, c.recompute)
-    optimiser = make_optimiser(c.optimiser, len(plan))
-    mixing = _mixing(schedule, config.gossip.audit)
-    predicted = contraction(schedule).mean_per_round
-    start = on_mesh(lambda params: init_state(params, optimiser, mixing), mesh, (0,), donate=True)
-    step = on_mesh(make_train_step(loss, optimiser, mixing), mesh, (0, 0, None), donate=True)
-    measure = _make_measure(loss, [conversations[index] for index in held_out], c, mesh)
-
-    first, state = _restore_or_start(checkpoints, start, student.params, mesh)
+    check_mesh(student.config, c.rows, c.row_response_tokens, mesh)
+    specs = parameter_specs(student.params, mesh)
+    layout = chip_layout(specs, mesh)
+    loss = functools.partial(response_loss, student.config, c.recompute, layout=layout)
+    restored = restore_newest(
+        checkpoints, lambda saved: _state_like(student.params, config, mesh, specs, saved)
+    )
+    segments = restored.segments if restored else ()
+    plan = make_plan(examples, c, workers, config.seed, segments)
+    schedule, steps = _schedule(workers, len(plan), config), len(plan)
+    optimiser, mixing = make_optimiser(c.optimiser, steps), _mixing(schedule, config.gossip.audit)
+    state = _first_state(student.params, restored, optimiser, mixing, mesh, specs)
+    first = restored.steps if restored else 0
+    del restored
     student = replace(student, params={})
-    on_start(first, len(plan))
+    step = on_sharded_mesh(
+        make_sharded_step(loss, optimiser, mixing, mesh, specs), mesh, state, specs
+    )
+    measure = _make_measure(loss, [conversations[index] for index in held_out], c, mesh, specs)
+    predicted = contraction(schedule).mean_per_round
+    on_start(first, steps)
 
     def batch_at(number: int) -> Rows:
-        return stack_workers([batch_rows(examples, own, c) for own in plan[number]])
+        return meshes.place_workers(
+            lambda worker: batch_rows(examples, plan[number][worker], c),
+            NamedSharding(mesh, batch_spec(mesh)),
+            workers,
+        )
 
-    for taken in run_steps(step, state, batch_at, schedule, range(first, len(plan)), mesh):
-        number, last = taken.number, taken.number == len(plan) - 1
-        tokens = _tokens(examples, plan[number])
-        row = _metrics_row(taken, tokens) | _exchange_row(taken, schedule.round(number))
-        if last or number % c.measure_every == 0:
-            row |= measure(taken.state)
-            row |= _contraction_row(row, predicted)
-        on_metrics(row)
-        if not last and (number + 1) % c.checkpoint_every == 0:
-            checkpoint.save(checkpoints, number + 1, taken.state)
+    with (
+        saver(checkpoints) as checkpoint,
+        stop_on_sigterm() as stops,
+        watchdog(c.step_seconds) as w,
+    ):
+        for taken in run_steps(step, state, batch_at, schedule, range(first, steps), mesh):
+            done, last = taken.number + 1, taken.number == steps - 1
+            tokens = _tokens(examples, plan[taken.number])
+            row = _metrics_row(taken, tokens) | _exchange_row(taken, schedule, mesh)
+            if last or taken.number % c.measure_every == 0:
+                row |= measure(taken.state)
+                row |= _contraction_row(row, predicted)
+            on_metrics(row)
+            stop = not last and stops()
+            if stop or (not last and done % c.checkpoint_every == 0):
+                checkpoint.save(done, taken.state, with_steps(segments, workers, done))
+            if stop:
+                checkpoint.finish()
+                raise KeyboardInterrupt
+            w(done)
     compiled = compiled_programs(step)
-    assert compiled == 1, f"one batch shape must compile one program, compiled {compiled}"
-    return Trained(replace(student, params=uniform_mean(taken.state.params)), compiled, held_out)
+    assert compiled <= 1, f"one batch shape must compile one program, compiled {compiled}"
+    mean = uniform_mean(taken.state.params, mesh)
+    return Trained(replace(student, params=mean), compiled, held_out)
+
+
+def _schedule(workers: int, rounds: int, config: StudentTraining) -> gossip.Schedule:
+    probability = config.gossip.exchange_probability
+    return gossip.gosgd_schedule(workers, rounds, probability, config.seed)
 
 
 def _mixing(schedule: gossip.Schedule, audit: bool) -> gossip.MixingTransformation:
-    exchange = gossip.Exchange(schedule.bank, meshes.WORKER)
+    exchange = gossip.Exchange(schedule.bank, meshes.WORKER, INNER_AXES)
     rule = gossip.gosgd(exchange)
     return gossip.audited(rule, gossip.sum_weight_mass, exchange) if audit else rule
 
 
-def _restore_or_start(
-    checkpoints: Path, start: Callable, params: Params, mesh: Mesh
-) -> tuple[int, TrainState]:
-    """(steps taken, state of all workers): of the newest checkpoint, else of `params`."""
-    params_W = stack_on_mesh(params, mesh)
-    like = placed_shapes(jax.eval_shape(start, params_W), meshes.per_worker(mesh))
-    return checkpoint.restore_newest(checkpoints, like) or (0, start(params_W))
+def _state_like(
+    params: Params, config: StudentTraining, mesh: Mesh, specs: Params, workers: int
+) -> TrainState:
+    """Shapes and shardings of a state of `workers`; whole along that axis unless they are the
+    mesh's."""
+    # What a state looks like does not depend on how many steps and rounds there are.
+    optimiser = make_optimiser(config.training.optimiser, 1)
+    mixing = _mixing(_schedule(workers, 1, config), config.gossip.audit)
+
+    def start(_):
+        return init_state(params, optimiser, mixing)
+
+    shapes = jax.eval_shape(jax.vmap(start), jax.ShapeDtypeStruct((workers,), np.int32))
+    shardings = state_shardings(shapes, mesh, specs, workers == mesh.shape[meshes.WORKER])
+    return jax.tree.map(placed_shapes, shapes, shardings)
+
+
+def _first_state(
+    params: Params,
+    restored: Restored | None,
+    optimiser: optax.GradientTransformation,
+    mixing: gossip.MixingTransformation,
+    mesh: Mesh,
+    specs: Params,
+) -> TrainState:
+    """The state to go on from: of `params`, or as restored, for the mesh's workers."""
+    workers = mesh.shape[meshes.WORKER]
+
+    def start(params):
+        return jax.vmap(lambda own: init_state(own, optimiser, mixing))(params)
+
+    if restored is not None and restored.segments[-1].workers == workers:
+        return restored.state
+    if restored is None:
+        params_W = meshes.place_copies(params, all_workers(specs, mesh), workers)
+    else:
+        saved = meshes.read(restored.state, mesh)
+        weight_W = _sum_weights(saved.mix_state)
+        (params_W, opt_state), weight_W = gossip.resize(
+            (saved.params, saved.opt_state), weight_W, workers
+        )
+        params_W = meshes.place(params_W, all_workers(specs, mesh))
+    shapes = jax.eval_shape(start, params_W)
+    shardings = state_shardings(shapes, mesh, specs)
+    state = jax.jit(start, out_shardings=shardings, donate_argnums=(0,))(params_W)
+    if restored is None:
+        return state
+    weights = meshes.place(weight_W, _sum_weights(shardings.mix_state))
+    return replace(
+        state,
+        opt_state=meshes.place(opt_state, shardings.opt_state),
+        mix_state=_with_sum_weights(state.mix_state, weights),
+    )
+
+
+def _sum_weights(mix_state: Any) -> Any:
+    inner = mix_state.inner if isinstance(mix_state, gossip.AuditState) else mix_state
+    return inner.sum_weight
+
+
+def _with_sum_weights(mix_state: Any, sum_weight_W: Any) -> Any:
+    if isinstance(mix_state, gossip.AuditState):
+        return mix_state._replace(inner=_with_sum_weights(mix_state.inner, sum_weight_W))
+    return mix_state._replace(sum_weight=sum_weight_W)
 
 
 def _metrics_row(taken: Taken, tokens: int) -> dict[str, Any]:
@@ -148,14 +252,16 @@ def _metrics_row(taken: Taken, tokens: int) -> dict[str, Any]:
     }
 
 
-def _exchange_row(taken: Taken, round: gossip.Round) -> dict[str, Any]:
+def _exchange_row(taken: Taken, schedule: gossip.Schedule, mesh: Mesh) -> dict[str, Any]:
     """What a line of metrics.jsonl says of the exchange, bytes over all workers.
 
     In a permutation everyone sends, also those whose message has no weight: wire against useful.
     The estimate of the consensus distance is from the distances of those that heard something to
     what they heard, for free; null where nobody did.
     """
-    mix_state, workers = taken.state.mix_state, round.weight_KW.shape[1]
+    round = schedule.round(taken.number)
+    workers = round.weight_KW.shape[1]
+    mix_state = meshes.read(taken.state.mix_state, mesh)
     if isinstance(mix_state, gossip.AuditState):
         gossip.check_audit(mix_state)
         mix_state = mix_state.inner
@@ -164,10 +270,10 @@ def _exchange_row(taken: Taken, round: gossip.Round) -> dict[str, Any]:
     model_bytes = sum(leaf.nbytes // workers for leaf in jax.tree.leaves(taken.state.params))
     estimate = None
     if pushes:
-        distance_W = np.asarray(mix_state.pair_distance)
+        distance_W = mix_state.pair_distance
         estimate = float(gossip.divergence.estimated_consensus_distance(distance_W, heard_W))
     return {
-        "sum_weight": np.asarray(mix_state.sum_weight).tolist(),
+        "sum_weight": mix_state.sum_weight.tolist(),
         "pushes": pushes,
         "wire_bytes": int(np.count_nonzero(round.branch_K)) * workers * model_bytes,
         "useful_bytes": pushes * model_bytes,
@@ -189,28 +295,36 @@ def _tokens(examples: Sequence[Conversation], rows_by_worker: list[list[Row]]) -
 
 
 def _make_measure(
-    loss: LossFunction, held_out: list[Conversation], config: TrainConfig, mesh: Mesh
+    loss: LossFunction, held_out: list[Conversation], config: TrainConfig, mesh: Mesh, specs: Params
 ) -> Callable[[TrainState], dict[str, Any]]:
     """A function of the state: held-out loss by worker, and the parameters' consensus distance,
     in all and by group (the top level of the tree)."""
     packed = first_fit(held_out, list(range(len(held_out))), config)
-    batch = jax.device_put(batch_rows(held_out, packed, config), meshes.replicated(mesh))
+    packed += [[]] * (-len(packed) % mesh.shape[meshes.FSDP])
+    workers, spec = mesh.shape[meshes.WORKER], batch_spec(mesh)
+    batch = meshes.place_workers(
+        lambda _: batch_rows(held_out, packed, config), NamedSharding(mesh, spec), workers
+    )
+    losses = sharded_losses(loss, mesh, specs)
 
-    def one_worker(params, batch):
-        mean, _ = loss(params, batch)
-        return mean, {
-            group: gossip.consensus_distance(part, meshes.WORKER) for group, part in params.items()
+    def all_of(params, batch):
+        loss_W = losses(params, batch)
+        distances = {
+            group: jax.vmap(
+                lambda own: gossip.consensus_distance(own, meshes.WORKER), axis_name=meshes.WORKER
+            )(part)[0]
+            for group, part in params.items()
         }
+        return loss_W, distances
 
-    compiled = on_mesh(one_worker, mesh, (0, None))
+    compiled = jax.jit(all_of, out_shardings=meshes.replicated(mesh))
 
     def measure(state: TrainState) -> dict[str, Any]:
-        loss_W, distances_W = jax.tree.map(np.asarray, compiled(state.params, batch))
-        by_group = {group: float(distance_W[0]) for group, distance_W in distances_W.items()}
+        loss_W, by_group = jax.tree.map(np.asarray, compiled(state.params, batch))
         return {
             "held_out_loss": loss_W.tolist(),
-            "consensus_distance": sum(by_group.values()),
-            "consensus_distance_by_group": by_group,
+            "consensus_distance": float(sum(by_group.values())),
+            "consensus_distance_by_group": {g: float(value) for g, value in by_group.items()},
         }
 
     return measure

@@ -20,6 +20,16 @@ class OptimiserConfig:
 
 
 @config_class
+class MeshConfig:
+    """The chips of one worker; there are gossip.workers times as many in all."""
+
+    fsdp: Annotated[int, Field(ge=1)] = 1
+    """Chips among which a worker's rows, parameters and optimiser state are divided."""
+    tensor: Annotated[int, Field(ge=1)] = 1
+    """Chips among which attention heads and feed-forward features are divided."""
+
+
+@config_class
 class GossipConfig:
     """Who trains and how often parameters are mixed (GoSGD)."""
 
@@ -52,3 +62,5 @@ class TrainConfig:
     """Steps between measurements of held-out loss and consensus distance."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 20
     """Steps between checkpoints of all workers."""
+    step_seconds: Annotated[float, Field(gt=0)] = 3600.0
+    """The longest that a step may take, the first (which compiles) apart; then the process ends."""

@@ -12,12 +12,12 @@ Loss and exchange run in a `shard_map` over all axes; the optimiser sees whole a
 compiler divides its work.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -53,8 +53,9 @@ def check_mesh(config: DecoderConfig, rows: int, responses: int, mesh: Mesh) -> 
 def parameter_specs(shapes: Params, mesh: Mesh) -> Params:
     """How each parameter of one worker is cut: a tree of `PartitionSpec`.
 
-    shapes: parameters, or their shapes. What an axis does not divide evenly, it leaves whole; norms
-    and biases are small, and whole on every chip but for biases of divided features.
+    shapes: parameters, or their shapes. What does not divide evenly is left whole. So are norms,
+    biases and adapters along `fsdp`: they are small. The last axis is cut over `fsdp` only where no
+    other will do, since the exchange handles whole rows.
     """
 
     def spec(path, leaf) -> PartitionSpec:
@@ -76,15 +77,14 @@ def _spec(part: str, name: str, shape: tuple[int, ...], fsdp: int, tensor: int) 
             cut[axes[0]] = INNER_AXES
         elif axes := [axis for axis in (last - 1, last) if shape[axis] % fsdp == 0]:
             cut[axes[0]] = FSDP
-    elif name in ("kernel", "lora_a", "lora_b") and part in _OUT + _IN:
-        out = last - 1
-        divided = out if part in _OUT else last
-        # The inner side of an adapter is its rank, which nobody divides.
-        if not (name == "lora_a" and divided == out) and not (name == "lora_b" and divided == last):
+    elif part in _OUT + _IN:
+        out, divided = last - 1, last - 1 if part in _OUT else last
+        if (name, divided) not in (("lora_a", out), ("lora_b", last)):  # its rank is never divided
             cut[divided] = TENSOR
-        free = next((a for a in (out, last) if a not in cut and shape[a] % fsdp == 0), None)
-        if free is not None:
-            cut[free] = FSDP
+        for axis in (out, last) if name == "kernel" else ():
+            if shape[axis] % (fsdp * (tensor if axis in cut else 1)) == 0:
+                cut[axis] = (TENSOR, FSDP) if axis in cut else FSDP
+                break
     # An axis of one chip is never named: there is nothing to tell its shards apart.
     used = {name for name, chips in ((FSDP, fsdp), (TENSOR, tensor)) if chips > 1}
     return PartitionSpec(*(_only(used, cut.get(axis)) for axis in range(len(shape))))
@@ -185,7 +185,7 @@ def batch_spec(mesh: Mesh, leading: int = 0) -> PartitionSpec:
 
 def make_sharded_step(
     loss: LossFunction,
-    optimiser: Any,
+    optimiser: optax.GradientTransformation,
     mixing: MixingTransformation,
     mesh: Mesh,
     specs: Params,
@@ -235,10 +235,26 @@ def make_sharded_step(
         (loss_W, weight_W), gradients = gradients_of(at, batch)
         updates, opt_state = jax.vmap(optimiser.update)(gradients, state.opt_state, at)
         params, mix_state = mix(updates, state.mix_state, state.params, round)
-        norm_W = jax.vmap(_norm)(gradients)
+        norm_W = jax.vmap(optax.tree.norm)(gradients)
         return TrainState(params, opt_state, mix_state), StepMetrics(loss_W, weight_W, norm_W)
 
     return train_step
+
+
+def sharded_losses(loss: LossFunction, mesh: Mesh, specs: Params):
+    """(params, batch) of all workers -> their losses, float32[W]. loss: as of
+    `make_sharded_step`."""
+
+    def one_chip(params, batch):
+        mean, _ = loss(*_own((params, batch)))
+        return mean[None]
+
+    return jax.shard_map(
+        one_chip,
+        mesh=mesh,
+        in_specs=(_all_workers(specs), batch_spec(mesh)),
+        out_specs=PartitionSpec(WORKER),
+    )
 
 
 def on_sharded_mesh(step: TrainStep, mesh: Mesh, state: TrainState, specs: Params):
@@ -247,8 +263,14 @@ def on_sharded_mesh(step: TrainStep, mesh: Mesh, state: TrainState, specs: Param
     return jax.jit(step, out_shardings=shardings, donate_argnums=(0,))
 
 
-def state_shardings(state: TrainState, mesh: Mesh, specs: Params) -> TrainState:
-    """Where each leaf [W, ...] of a state of all workers lies. state: or its shapes."""
+def state_shardings(
+    state: TrainState, mesh: Mesh, specs: Params, by_worker: bool = True
+) -> TrainState:
+    """Where each leaf [W, ...] of a state of all workers lies. state: or its shapes.
+
+    by_worker: False for a state of other workers than the mesh has; each chip then has its part of
+    all of them.
+    """
     own = _shapes_of_one(state)
     state_specs = specs_like(own, own.params, specs)
     return jax.tree.map(
@@ -256,12 +278,6 @@ def state_shardings(state: TrainState, mesh: Mesh, specs: Params) -> TrainState:
         state_specs,
         is_leaf=_is_spec,
     )
-
-
-def _norm(tree: Any) -> jax.Array:
-    import optax
-
-    return optax.tree.norm(tree)
 
 
 def _shapes_of_one(tree: Any) -> Any:
