@@ -139,9 +139,9 @@ def train_student(
         )
 
     with (
-        saver(checkpoints) as checkpoint,
+        saver(checkpoints, c.async_checkpoints) as checkpoint,
         stop_on_sigterm() as stops,
-        watchdog(c.step_seconds) as w,
+        watchdog(c.step_seconds) as begins,
     ):
         for taken in run_steps(step, state, batch_at, schedule, range(first, steps), mesh):
             done, last = taken.number + 1, taken.number == steps - 1
@@ -157,7 +157,7 @@ def train_student(
             if stop:
                 checkpoint.finish()
                 raise KeyboardInterrupt
-            w(done)
+            begins(done)
     compiled = compiled_programs(step)
     assert compiled <= 1, f"one batch shape must compile one program, compiled {compiled}"
     mean = uniform_mean(taken.state.params, mesh)

@@ -35,7 +35,7 @@ class Saver(NamedTuple):
 
 
 @contextlib.contextmanager
-def saver(folder: Path) -> Iterator[Saver]:
+def saver(folder: Path, in_background: bool = True) -> Iterator[Saver]:
     """Saves in the background: the state is copied, and written while training goes on.
 
     A failed write is raised at the next `save`, at `finish`, or on the way out. All processes of a
@@ -67,6 +67,8 @@ def saver(folder: Path) -> Iterator[Saver]:
             _wait_for_all(f"checkpoint {step} may be written")
             writer.save(target.resolve(), args=ocp.args.StandardSave(state))
             pending.append(voucher.submit(_vouch, writer, target, segments))
+            if not in_background:
+                finish()
 
         yield Saver(save, finish)
         finish()
@@ -123,10 +125,7 @@ def restore_newest(folder: Path, like: Callable[[int], TrainState]) -> Restored 
 
 def _check_shapes(path: Path, metadata: Any, wanted: TrainState) -> None:
     """Orbax would pad and cut in silence."""
-    import orbax.checkpoint as ocp
-
-    saved = dict(_named(ocp.tree.serialize_tree(metadata.item_metadata.tree)))
-    expected = dict(_named(ocp.tree.serialize_tree(wanted)))
+    saved, expected = dict(_named(metadata.item_metadata.tree)), dict(_named(wanted))
     for name in sorted(saved.keys() | expected.keys()):
         found, asked = saved.get(name), expected.get(name)
         if found != asked:
@@ -137,9 +136,16 @@ def _check_shapes(path: Path, metadata: Any, wanted: TrainState) -> None:
 
 
 def _named(tree: Any) -> Iterator[tuple[str, str]]:
+    """(place, what stands there) of every array of a tree, or of what orbax tells of one."""
     for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        name = "/".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in keys)
-        yield name, f"{leaf.dtype}{list(leaf.shape)}"
+        yield "/".join(_name(key) for key in keys), f"{leaf.dtype}{list(leaf.shape)}"
+
+
+def _name(key: Any) -> str:
+    for kind in ("key", "name", "idx"):
+        if hasattr(key, kind):
+            return str(getattr(key, kind))
+    return str(key)
 
 
 def _finished(folder: Path) -> list[tuple[int, Path]]:

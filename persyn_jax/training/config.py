@@ -62,5 +62,7 @@ class TrainConfig:
     """Steps between measurements of held-out loss and consensus distance."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 20
     """Steps between checkpoints of all workers."""
+    async_checkpoints: bool = True
+    """Write checkpoints in the background, from a copy, while training goes on."""
     step_seconds: Annotated[float, Field(gt=0)] = 3600.0
     """The longest that a step may take, the first (which compiles) apart; then the process ends."""

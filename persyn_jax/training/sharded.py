@@ -272,11 +272,18 @@ def state_shardings(
     all of them.
     """
     own = _shapes_of_one(state)
-    state_specs = specs_like(own, own.params, specs)
+    first = WORKER if by_worker else None
     return jax.tree.map(
-        lambda spec: NamedSharding(mesh, PartitionSpec(WORKER, *spec)),
-        state_specs,
+        lambda spec: NamedSharding(mesh, PartitionSpec(first, *spec)),
+        specs_like(own, own.params, specs),
         is_leaf=_is_spec,
+    )
+
+
+def all_workers(specs: Params, mesh: Mesh) -> Params:
+    """Where the parameters [W, ...] of all workers lie."""
+    return jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec), _all_workers(specs), is_leaf=_is_spec
     )
 
 
