@@ -32,8 +32,8 @@ from persyn_jax.models.decoder import DecoderConfig
 from persyn_jax.streams import jax_stream, numpy_stream
 from persyn_jax.training.batches import stack_workers
 from persyn_jax.training.config import OptimiserConfig
-from persyn_jax.training.loop import make_optimiser
 from persyn_jax.training.losses import response_loss
+from persyn_jax.training.optimisers import make_optimiser
 from persyn_jax.training.step import compiled_programs, init_state, make_train_step, on_mesh
 
 WORKERS_ON_ONE_DEVICE = 8
@@ -259,7 +259,7 @@ def time_steps(config: CheckPodConfig, workers: Workers) -> list[StepTime]:
     schedule = gossip.gosgd_schedule(workers.count, rounds, 1.0, config.seed)
     exchange = gossip.Exchange(schedule.bank, WORKER)
     optimiser = make_optimiser(OptimiserConfig(), rounds)
-    loss = functools.partial(response_loss, model, False)
+    loss = functools.partial(response_loss, model, "nothing")
     batch = meshes.place(_batch(config, workers.count, model), meshes.per_worker(workers.mesh))
     key = jax_stream(config.seed, "pod decoder")
     params = everywhere(lambda _: decoder.init(model, key), (0,), workers)(batch)

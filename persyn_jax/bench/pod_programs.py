@@ -20,8 +20,8 @@ from persyn_jax.gossip import topologies
 from persyn_jax.models import decoder, rows
 from persyn_jax.models.decoder import DecoderConfig
 from persyn_jax.training.config import TrainConfig
-from persyn_jax.training.loop import make_optimiser
 from persyn_jax.training.losses import response_loss
+from persyn_jax.training.optimisers import make_optimiser
 from persyn_jax.training.sharded import (
     INNER_AXES,
     batch_spec,

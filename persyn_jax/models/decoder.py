@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from persyn_jax.models.recompute import Recompute, remat
+
 Params = dict[str, Any]
 Array = jax.Array | np.ndarray  # NumPy on the host, JAX inside a program
 # attend(query_BTHE, key_BTKE, value_BTKE, memory) -> (out_BTHE, memory): what a layer's queries
@@ -228,7 +230,7 @@ def hidden_states(
     positions_BT: Array,
     attend: Attend,
     memory: Any = None,
-    recompute: bool = False,
+    recompute: Recompute = "nothing",
     layout: Layout = WHOLE,
 ) -> tuple[jax.Array, Any]:
     """Runs the decoder up to and with its final norm.
@@ -253,8 +255,8 @@ def hidden_states(
 
     x_BTD = layout.gather("embed", params["embed"])["embedding"][tokens_BT]
     if stacked:
-        if recompute:
-            body = jax.checkpoint(run_layer)
+        if recompute != "nothing":
+            body = remat(run_layer, recompute)
         elif layout is not WHOLE:  # what was gathered is gathered again: one layer's at a time
             body = jax.checkpoint(run_layer, policy=_KEEP_ALL_BUT_GATHERED)
         else:

@@ -14,6 +14,7 @@ import numpy as np
 
 from persyn_jax.models import decoder
 from persyn_jax.models.decoder import WHOLE, Array, DecoderConfig, Layout, Params
+from persyn_jax.models.recompute import Recompute
 
 CHUNK = 64
 """Tokens of each row whose logits exist at a time."""
@@ -89,7 +90,7 @@ def response_log_likelihoods(
     config: DecoderConfig,
     params: Params,
     rows: Rows,
-    recompute: bool = False,
+    recompute: Recompute = "nothing",
     layout: Layout = WHOLE,
 ) -> jax.Array:
     """log p(response token | all before it in its conversation), float32 [B, R]; 0 where padded.

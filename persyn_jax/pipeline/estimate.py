@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from persyn_jax import mesh as meshes
 from persyn_jax.evaluation.rows import SPLITS
 from persyn_jax.models import tokenizer, weights
 from persyn_jax.pipeline.config import RunConfig
 from persyn_jax.records import Prompt
 from persyn_jax.sampling.config import TeacherConfig, teacher_messages
+from persyn_jax.training.memory import estimate_training_memory
 
 _PROCESS_GB = 0.9  # Python, JAX, its compiled programs and the libraries around them
 
@@ -29,7 +31,8 @@ class Estimate:
 
 
 def estimate(config: RunConfig, prompts: Sequence[Prompt]) -> Estimate:
-    """The estimate of a whole run."""
+    """The estimate of a whole run, made on the CPU: no other platform is looked for."""
+    meshes.start_platform("cpu", 1)  # tracing the training's loss asks which one there is
     counts: dict[str, int] = {
         split: sum(prompt.split == split for prompt in prompts) for split in SPLITS
     }
@@ -95,14 +98,11 @@ def _service_memory(config: RunConfig) -> float:
 
 
 def _training_memory(config: RunConfig) -> float:
-    c, t = weights.load_config(config.student), config.training
-    # Of every worker: parameters, two moments, gradients and updates; and, as measured, half as
-    # much again as the state's 3 while a checkpoint is written.
-    state = 6.5 * config.gossip.workers * _parameters_gb(config.student)
-    per_token = c.layers * (8 * c.d_model + 4 * c.d_ff + c.heads * t.row_tokens)
-    activations = 4 * t.rows * t.row_tokens * (c.d_model if t.recompute else per_token) / 1e9
-    logits = 3 * 4 * t.rows * t.row_response_tokens * c.vocab_size / 1e9
-    return _PROCESS_GB + state + config.gossip.workers * (activations + logits)
+    model = weights.load_config(config.student)
+    worker = estimate_training_memory(model, config.training, config.run.platform)
+    # A checkpoint takes half the state again, and the process still holds what a step worked in.
+    peak = worker.total + worker.state / 2
+    return _PROCESS_GB + config.gossip.workers * peak / 1e9
 
 
 def estimate_lines(config: RunConfig, prompts: Sequence[Prompt]) -> list[str]:

@@ -23,8 +23,9 @@ from persyn_jax.routing.strategies import Calibration
 from persyn_jax.routing.verdict import judge_router
 from persyn_jax.streams import numpy_stream
 from persyn_jax.training.config import GossipConfig, OptimiserConfig
-from persyn_jax.training.loop import make_optimiser, run_steps, uniform_mean
+from persyn_jax.training.loop import run_steps, uniform_mean
 from persyn_jax.training.losses import Pairs, bradley_terry_loss
+from persyn_jax.training.optimisers import make_optimiser
 from persyn_jax.training.step import (
     compiled_programs,
     init_state,

@@ -29,13 +29,13 @@ from persyn_jax.training.checkpoint import Restored, restore_newest, saver
 from persyn_jax.training.config import GossipConfig, TrainConfig
 from persyn_jax.training.loop import (
     Taken,
-    make_optimiser,
     run_steps,
     stop_on_sigterm,
     uniform_mean,
     watchdog,
 )
 from persyn_jax.training.losses import response_loss
+from persyn_jax.training.optimisers import make_optimiser
 from persyn_jax.training.sharded import (
     INNER_AXES,
     all_workers,

@@ -1,22 +1,52 @@
 """Config of a training run."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from persyn_jax.config import config_class
+from persyn_jax.models.recompute import Recompute
+
+ComputeDtype = Literal["float32", "bfloat16"]
 
 
 @config_class
 class OptimiserConfig:
-    """AdamW with global-norm clipping; linear warm-up, then cosine decay to zero."""
+    """What turns a gradient into a step: clipping, the optimiser, decoupled weight decay, and a
+    learning rate with linear warm-up. See `training.optimisers`."""
 
+    name: Literal["adamw", "adafactor", "muon", "sgd"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
-    """Peak."""
+    """Peak. The same size suits all but `sgd`: the others' steps have a root mean square of about
+    this at most."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """After warm-up."""
     warmup_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Part of all steps."""
+    end_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Of `cosine`: the part of the peak that it falls to."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Times the learning rate, and never of norms and biases."""
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Longest global norm of a gradient; null: any."""
+    b1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of Adam's first moment; `muon` uses Adam for all that is no matrix."""
+    b2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Of `sgd` (null: 0.9) and `muon` (null: 0.95), both with Nesterov's look ahead."""
+
+    def __post_init__(self):
+        if self.momentum is not None and self.name not in ("sgd", "muon"):
+            raise ValueError(f"momentum {self.momentum}: {self.name} has none (sgd and muon do)")
+        if self.name not in ("adamw", "muon") and (self.b1, self.b2, self.eps) != (
+            0.9,
+            0.999,
+            1e-8,
+        ):
+            raise ValueError(f"b1, b2, eps: {self.name} has none (adamw and muon do)")
+        if self.schedule == "constant" and self.end_fraction:
+            raise ValueError(f"end_fraction {self.end_fraction}: a constant schedule does not fall")
 
 
 @config_class
@@ -54,8 +84,12 @@ class TrainConfig:
     row_response_tokens: Annotated[int, Field(ge=1)] = 64
     """Room for response tokens in a row (logits exist for these only)."""
     optimiser: OptimiserConfig = OptimiserConfig()
-    recompute: bool = False
-    """Recompute activations in the backward pass: less memory, more work."""
+    accumulate: Annotated[int, Field(ge=1)] = 1
+    """Batches whose gradients are added up before a step is taken: `rows` of each at a time."""
+    compute_dtype: ComputeDtype = "float32"
+    """What the loss computes in; parameters, optimiser and mixing are float32 always."""
+    recompute: Recompute = "nothing"
+    """What the backward pass computes again instead of keeping it: less memory, more work."""
     held_out: Annotated[int, Field(ge=1)] = 8
     """Conversations kept out of training for the held-out loss."""
     measure_every: Annotated[int, Field(ge=1)] = 10
@@ -66,3 +100,17 @@ class TrainConfig:
     """Write checkpoints in the background, from a copy, while training goes on."""
     step_seconds: Annotated[float, Field(gt=0)] = 3600.0
     """The longest that a step may take, the first (which compiles) apart; then the process ends."""
+    track: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Where metrics go besides metrics.jsonl; each needs the package's extra of that name."""
+    profile_steps: Annotated[str, Field(pattern=r"^[0-9]+:[0-9]+$")] | None = None
+    """`10:15` records a profile of steps 10 to 14."""
+
+    def __post_init__(self):
+        if self.profile_steps is not None and not self.profiled:
+            raise ValueError(f"profile_steps {self.profile_steps!r}: holds no step")
+
+    @property
+    def profiled(self) -> range:
+        """The numbers of the steps to profile."""
+        first, end = map(int, (self.profile_steps or "0:0").split(":"))
+        return range(first, end)

@@ -12,28 +12,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
 from persyn_jax import mesh as meshes
 from persyn_jax.gossip import Schedule
-from persyn_jax.training.config import OptimiserConfig
 from persyn_jax.training.step import StepMetrics, TrainState, TrainStep
-
-
-def make_optimiser(config: OptimiserConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW for a run of `steps` steps."""
-    warmup_steps = max(1, round(config.warmup_fraction * steps))
-    learning_rate = optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=config.learning_rate,
-        warmup_steps=warmup_steps,
-        decay_steps=max(warmup_steps + 1, steps),
-    )
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(learning_rate, weight_decay=config.weight_decay),
-    )
 
 
 class Taken(NamedTuple):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from persyn_jax.models import router, rows
 from persyn_jax.models.decoder import WHOLE, Array, DecoderConfig, Layout, Params
+from persyn_jax.models.recompute import Recompute
 from persyn_jax.models.rows import Rows
 
 
@@ -25,7 +26,11 @@ class Pairs(NamedTuple):
 
 
 def response_loss(
-    config: DecoderConfig, recompute: bool, params: Params, batch: Rows, layout: Layout = WHOLE
+    config: DecoderConfig,
+    recompute: Recompute,
+    params: Params,
+    batch: Rows,
+    layout: Layout = WHOLE,
 ) -> tuple[jax.Array, jax.Array]:
     """Mean negative log-likelihood of the response tokens, in nats a token: (loss, tokens).
 

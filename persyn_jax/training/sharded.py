@@ -26,7 +26,13 @@ from persyn_jax.config import ConfigError
 from persyn_jax.gossip import MixingTransformation, Round
 from persyn_jax.mesh import FSDP, TENSOR, WORKER
 from persyn_jax.models.decoder import GATHERED, WHOLE, DecoderConfig, Layout, Params
-from persyn_jax.training.step import LossFunction, StepMetrics, TrainState, TrainStep
+from persyn_jax.training.step import (
+    LossFunction,
+    StepMetrics,
+    TrainState,
+    TrainStep,
+    accumulated,
+)
 
 INNER_AXES = (FSDP, TENSOR)
 """The axes over which a worker is spread: `inner_axes` of its `gossip.Exchange`."""
@@ -189,22 +195,24 @@ def make_sharded_step(
     mixing: MixingTransformation,
     mesh: Mesh,
     specs: Params,
-    rows_spec: PartitionSpec | None = None,
+    accumulate: int = 1,
 ) -> TrainStep:
     """`train_step(state, batch, round)` of all workers at once: leaves lead with axis W.
 
     loss: of one chip's shards and rows, the mean over the worker; see `chip_layout`. mixing: built
-    on an exchange with `INNER_AXES`. specs: of the parameters. To be compiled by `on_sharded_mesh`.
+    on an exchange with `INNER_AXES`. specs: of the parameters. accumulate: A; beyond 1 the leaves
+    of a batch are [W, A, B, ...], see `step.make_train_step`. To be compiled by `on_sharded_mesh`.
     """
-    rows_spec = batch_spec(mesh) if rows_spec is None else rows_spec
+    rows_spec = batch_spec(mesh, leading=int(accumulate > 1))
+    gradient_of = jax.value_and_grad(loss, has_aux=True)
+    if accumulate > 1:
+        gradient_of = accumulated(gradient_of)
     everywhere = partial(jax.shard_map, mesh=mesh)
     params_W = _all_workers(specs)
 
     def gradients_of(params: Params, batch: Any):
         def one_chip(params, batch):
-            params, batch = _own((params, batch))
-            (mean, weight), gradients = jax.value_and_grad(loss, has_aux=True)(params, batch)
-            return _row(((mean, weight), gradients))
+            return _row(gradient_of(*_own((params, batch))))
 
         scalars = PartitionSpec(WORKER)
         return everywhere(

@@ -20,6 +20,8 @@ from persyn_jax.gossip.base import Array
 
 LossFunction = Callable[[Any, Any], tuple[jax.Array, jax.Array]]
 """(params, batch) -> (mean loss, weight behind it)"""
+GradientFunction = Callable[[Any, Any], tuple[tuple[jax.Array, jax.Array], Any]]
+"""(params, batch) -> ((mean loss, weight behind it), gradient of the mean loss)"""
 
 
 @jax.tree_util.register_dataclass
@@ -59,18 +61,56 @@ def make_train_step(
     loss_function: LossFunction,
     optimiser: optax.GradientTransformation,
     mixing: MixingTransformation,
+    accumulate: int = 1,
 ) -> TrainStep:
-    """One worker's step: the gradient where the mixing rule wants it, then update and mix."""
+    """One worker's step: the gradient where the mixing rule wants it, then update and mix.
+
+    accumulate: A. Beyond 1 the leaves of a batch are [A, B, ...], and the step is that of one batch
+    [A * B, ...], with the activations of B rows at a time.
+    """
+    gradient_of = jax.value_and_grad(loss_function, has_aux=True)
+    if accumulate > 1:
+        gradient_of = accumulated(gradient_of)
 
     def train_step(state: TrainState, batch: Any, round: Round) -> tuple[TrainState, StepMetrics]:
         at = mixing.evaluate_at(state.params, state.mix_state)
-        (loss, weight), gradients = jax.value_and_grad(loss_function, has_aux=True)(at, batch)
+        (loss, weight), gradients = gradient_of(at, batch)
         updates, opt_state = optimiser.update(gradients, state.opt_state, at)
         params, mix_state = mixing.update(updates, state.mix_state, state.params, round)
         metrics = StepMetrics(loss, weight, optax.tree.norm(gradients))
         return TrainState(params, opt_state, mix_state), metrics
 
     return train_step
+
+
+def accumulated(gradient_of: GradientFunction) -> GradientFunction:
+    """`gradient_of` over the batches along the leading axis of its batch, each by its own weight.
+
+    The weight must be that of a mean: mean loss times weight is a sum over the batch.
+    """
+
+    def over_batches(params: Any, batches: Any) -> tuple[tuple[jax.Array, jax.Array], Any]:
+        def add(total: Any, batch: Any) -> tuple[Any, None]:
+            (loss, weight), gradients = gradient_of(params, batch)
+            means, weighed = total
+            means = jax.tree.map(lambda sum, mean: sum + weight * mean, means, (loss, gradients))
+            return (means, weighed + weight), None
+
+        first = jax.tree.map(lambda leaf: leaf[0], batches)
+        (loss, weight), gradients = jax.eval_shape(gradient_of, params, first)
+        start = jax.tree.map(_zeros, ((loss, gradients), weight))
+        ((loss, gradients), weight), _ = jax.lax.scan(add, start, batches)
+        share = 1 / jnp.maximum(weight, 1.0)  # a worker without tokens has gradient 0
+        return (loss * share, weight), jax.tree.map(lambda sum: sum * share, gradients)
+
+    return over_batches
+
+
+def _zeros(like: jax.ShapeDtypeStruct) -> jax.Array:
+    """Zeros that vary over the axes of a `shard_map` as `like` does: a scan's carry must."""
+    axes = tuple(like.manual_axis_type.varying)  # pyrefly: ignore[missing-attribute]
+    zeros = jnp.zeros(like.shape, like.dtype)
+    return jax.lax.pcast(zeros, axes, to="varying") if axes else zeros
 
 
 def on_mesh(

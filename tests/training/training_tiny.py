@@ -28,7 +28,7 @@ from persyn_jax.training.step import (
 )
 
 CONFIG = TrainConfig(epochs=2, rows=2, row_tokens=24, row_response_tokens=10)
-LOSS = functools.partial(response_loss, RANDOM_TINY, False)
+LOSS = functools.partial(response_loss, RANDOM_TINY, "nothing")
 TEACHERS, WIDTH = 5, 3
 
 

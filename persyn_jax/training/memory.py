@@ -1,0 +1,103 @@
+"""How much memory a train step needs, from shapes alone: nothing is allocated or compiled."""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from persyn_jax.mesh import Platform
+from persyn_jax.models import decoder
+from persyn_jax.models.decoder import DecoderConfig
+from persyn_jax.models.recompute import Recompute
+from persyn_jax.models.rows import CHUNK, Rows, pack
+from persyn_jax.training.config import ComputeDtype, TrainConfig
+from persyn_jax.training.losses import response_loss
+from persyn_jax.training.optimisers import make_optimiser
+from persyn_jax.training.precision import cast_loss
+
+# How many buffers of a kind are alive at the peak, as XLA lays them out on a CPU (see the test).
+_LOGIT_COPIES = 3  # logits, their log-softmax and its gradient
+_SCORE_COPIES = 1.5  # the attention scores' gradient in one layer
+_UPDATE_COPIES = {"adamw": 3.0, "muon": 3.1, "sgd": 3.3, "adafactor": 2.1}  # of the parameters
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes on one device, for one worker (or the shard of a worker)."""
+
+    state: int
+    """Parameters and optimiser state, float32: there all the time."""
+    kept: int
+    """What the backward pass finds kept by the forward pass."""
+    working: int
+    """At most, beside the state: gradients, what is kept, and what is worked on."""
+
+    @property
+    def total(self) -> int:
+        return self.state + self.working
+
+
+def estimate_training_memory(
+    model: DecoderConfig, config: TrainConfig, platform: Platform, shards: int = 1
+) -> TrainingMemory:
+    """The memory of a full fine-tuning step; of the batch, the program and the host, nothing.
+
+    What is kept is exact: it is read off the traced loss. The peak is either in the backward pass
+    or in the update, and how many buffers are alive there is as measured on a CPU, where it holds
+    to a fifth; other platforms lay out alike but have not been measured. shards: devices that share
+    a worker, taken to split parameters and batch evenly.
+    """
+    stored = "float32" if platform == "cpu" else config.compute_dtype  # a CPU widens bfloat16
+    params = parameter_shapes(model)
+    size = _bytes(params)
+    state = size + _bytes(jax.eval_shape(make_optimiser(config.optimiser, 1).init, params))
+    kept = kept_bytes(model, config, config.recompute, stored)
+    again = (
+        kept_bytes(model, config, "nothing", stored) - kept
+    )  # of all layers; alive for one at a time
+    gradients = size * (1 + (config.accumulate > 1))
+    if config.compute_dtype == "bfloat16":
+        gradients += size // 2  # in bfloat16, before they are turned to float32
+    logits = 4 * config.rows * min(config.row_response_tokens, CHUNK) * model.vocab_size
+    scores = 4 * config.rows * model.heads * config.row_tokens**2
+    layer = max(again, 0) // model.layers + int(_SCORE_COPIES * scores)
+    backward = kept + layer + gradients + _LOGIT_COPIES * logits
+    working = max(backward, int(_UPDATE_COPIES[config.optimiser.name] * size))
+    return TrainingMemory(state // shards, kept // shards, working // shards)
+
+
+def kept_bytes(
+    model: DecoderConfig, config: TrainConfig, recompute: Recompute, dtype: ComputeDtype
+) -> int:
+    """Bytes that the loss keeps for its gradient, besides parameters and batch themselves.
+
+    They count what is computed from the parameters, as their copies in bfloat16.
+    """
+    loss = cast_loss(functools.partial(response_loss, model, recompute), dtype)
+
+    def kept(params: Any, batch: Rows) -> list[jax.Array]:
+        _, pull_back = jax.vjp(lambda params: loss(params, batch)[0], params)
+        given = {id(leaf) for leaf in jax.tree.leaves((params, batch))}
+        return [leaf for leaf in jax.tree.leaves(pull_back) if id(leaf) not in given]
+
+    params = parameter_shapes(model)
+    return _bytes(jax.eval_shape(kept, params, batch_shapes(config)))
+
+
+def parameter_shapes(model: DecoderConfig) -> decoder.Params:
+    """Shapes and dtypes of the parameters, layers stacked."""
+    return jax.eval_shape(lambda: decoder.init(model, jax.random.key(0)))
+
+
+def batch_shapes(config: TrainConfig) -> Rows:
+    """The shapes of one worker's batch: [B, T] and [B, R]."""
+    empty = pack([()] * config.rows, config.row_tokens, config.row_response_tokens)
+    return jax.eval_shape(lambda batch: batch, empty)
+
+
+def _bytes(shapes: Any) -> int:
+    leaves = jax.tree.leaves(shapes)
+    return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in leaves)

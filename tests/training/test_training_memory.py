@@ -1,0 +1,98 @@
+"""The memory estimate against what XLA lays out for the compiled step on the CPU."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from persyn_jax import gossip
+from persyn_jax import mesh as meshes
+from persyn_jax.models import decoder
+from persyn_jax.models.decoder import DecoderConfig
+from persyn_jax.models.weights import RANDOM_TINY
+from persyn_jax.training.config import OptimiserConfig, TrainConfig
+from persyn_jax.training.losses import response_loss
+from persyn_jax.training.memory import batch_shapes, estimate_training_memory
+from persyn_jax.training.optimisers import make_optimiser
+from persyn_jax.training.precision import cast_loss
+from persyn_jax.training.step import init_state, make_train_step, on_mesh, placed_shapes
+
+SMALL = DecoderConfig(  # 19 million parameters in layers and embeddings as wide as a 30M model's
+    vocab_size=16384,
+    layers=8,
+    d_model=384,
+    d_ff=1024,
+    heads=6,
+    kv_heads=2,
+    head_dim=64,
+    rope_theta=10000.0,
+    norm_eps=1e-5,
+    tied_embeddings=True,
+    max_positions=2048,
+)
+ROWS = TrainConfig(rows=4, row_tokens=256, row_response_tokens=64)
+SHORT = TrainConfig(rows=1, row_tokens=64, row_response_tokens=16)
+
+
+def measured(model: DecoderConfig, config: TrainConfig) -> int:
+    """Bytes of arguments and temporaries of one worker's real step, compiled from shapes."""
+    mesh = meshes.make_mesh(1)
+    schedule = gossip.gosgd_schedule(1, 2, 0.5, seed=0)
+    mixing = gossip.gosgd(gossip.Exchange(schedule.bank, meshes.WORKER))
+    optimiser = make_optimiser(config.optimiser, 10)
+    loss = functools.partial(response_loss, model, config.recompute)
+    loss = cast_loss(loss, config.compute_dtype)
+    train_step = make_train_step(loss, optimiser, mixing, config.accumulate)
+    step = on_mesh(train_step, mesh, (0, 0, None), donate=True)
+
+    def start(_):
+        return init_state(decoder.init(model, jax.random.key(0)), optimiser, mixing)
+
+    state = jax.eval_shape(jax.vmap(start), jax.ShapeDtypeStruct((1,), np.int32))
+    leading = (1,) if config.accumulate == 1 else (1, config.accumulate)
+    batch = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((*leading, *leaf.shape), leaf.dtype), batch_shapes(config)
+    )
+    row, whole = meshes.per_worker(mesh), meshes.replicated(mesh)
+    round = jax.eval_shape(lambda row: row, schedule.round(0))
+    memory = (
+        step.lower(
+            placed_shapes(state, row), placed_shapes(batch, row), placed_shapes(round, whole)
+        )
+        .compile()
+        .memory_analysis()
+    )
+    return memory.argument_size_in_bytes + memory.temp_size_in_bytes
+
+
+CASES = {
+    "tiny": (RANDOM_TINY, ROWS),
+    "tiny, all at once": (
+        RANDOM_TINY,
+        dataclasses.replace(ROWS, recompute="layers", compute_dtype="bfloat16", accumulate=3),
+    ),
+    "bfloat16": (SMALL, dataclasses.replace(ROWS, compute_dtype="bfloat16")),
+    "recomputing": (SMALL, dataclasses.replace(ROWS, recompute="layers")),
+    "the update decides": (
+        SMALL,
+        dataclasses.replace(SHORT, optimiser=OptimiserConfig(name="adafactor")),
+    ),
+}
+
+
+@pytest.mark.parametrize(("model", "config"), CASES.values(), ids=CASES)
+def test_the_estimate_is_within_a_fifth(model, config):
+    found = estimate_training_memory(model, config, "cpu").total
+    assert found == pytest.approx(measured(model, config), rel=0.2)
+
+
+def test_shards_and_bfloat16_and_recomputing_need_less():
+    def total(platform="tpu", shards=1, **changes) -> float:
+        config = dataclasses.replace(ROWS, **changes)
+        return estimate_training_memory(SMALL, config, platform, shards).total
+
+    assert total(shards=4) == pytest.approx(total() / 4, rel=1e-6)
+    assert total(compute_dtype="bfloat16") < total() < total(accumulate=2) < total(rows=8)
+    assert total(recompute="layers") < total()
