@@ -161,7 +161,7 @@ def train(folder: Path, workers: int, asynchronous: bool) -> None:
         mesh.make_mesh(workers),
         folder,
         lambda first, steps: tell("start", first),
-        lambda row: tell("row", json.dumps(row)),
+        lambda row: tell("row", json.dumps({k: v for k, v in row.items() if k != "measured"})),
     )
     tell("digest", _digest(trained.model.params) + _digest_of_newest(folder))
 

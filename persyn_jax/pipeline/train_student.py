@@ -23,6 +23,7 @@ from persyn_jax.training.batches import (
     first_fit,
     hold_out,
     make_plan,
+    step_batch,
     with_steps,
 )
 from persyn_jax.training.checkpoint import Restored, restore_newest, saver
@@ -35,7 +36,10 @@ from persyn_jax.training.loop import (
     watchdog,
 )
 from persyn_jax.training.losses import response_loss
+from persyn_jax.training.meters import speed_row, time_exchange, timed, training_flops
 from persyn_jax.training.optimisers import make_optimiser
+from persyn_jax.training.precision import cast_loss
+from persyn_jax.training.profiling import profiled
 from persyn_jax.training.sharded import (
     INNER_AXES,
     all_workers,
@@ -46,6 +50,7 @@ from persyn_jax.training.sharded import (
     on_sharded_mesh,
     parameter_specs,
     sharded_losses,
+    sharded_mixing,
     state_shardings,
 )
 from persyn_jax.training.step import (
@@ -86,11 +91,13 @@ def train_student(
     checkpoints: Path,
     on_start: Callable[[int, int], None],
     on_metrics: Callable[[dict[str, Any]], None],
+    profiles: Path | None = None,
 ) -> Trained:
     """Trains from the newest intact checkpoint, or from the start.
 
     load_student: called when the parameters are needed; they are kept by the workers alone.
     on_start(first step, steps) is called before the first step, on_metrics(row) after each.
+    profiles: folder for the profile of `training.profile_steps`.
 
     All processes of a run call it together. The checkpoint may be one of another number of workers
     or of another mesh. SIGTERM ends the training after the step that runs, with a checkpoint.
@@ -113,6 +120,7 @@ def train_student(
     specs = parameter_specs(student.params, mesh)
     layout = chip_layout(specs, mesh)
     loss = functools.partial(response_loss, student.config, c.recompute, layout=layout)
+    loss = cast_loss(loss, c.compute_dtype)
     restored = restore_newest(
         checkpoints, lambda saved: _state_like(student.params, config, mesh, specs, saved)
     )
@@ -124,17 +132,19 @@ def train_student(
     first = restored.steps if restored else 0
     del restored
     student = replace(student, params={})
-    step = on_sharded_mesh(
-        make_sharded_step(loss, optimiser, mixing, mesh, specs), mesh, state, specs
-    )
+    train_step = make_sharded_step(loss, optimiser, mixing, mesh, specs, c.accumulate)
+    step = on_sharded_mesh(train_step, mesh, state, specs)
     measure = _make_measure(loss, [conversations[index] for index in held_out], c, mesh, specs)
     predicted = contraction(schedule).mean_per_round
+    exchange_seconds = None
+    if c.time_exchange:
+        exchange_seconds = _exchange_seconds(state, mixing, schedule, mesh, specs)
     on_start(first, steps)
 
     def batch_at(number: int) -> Rows:
         return meshes.place_workers(
-            lambda worker: batch_rows(examples, plan[number][worker], c),
-            NamedSharding(mesh, batch_spec(mesh)),
+            lambda worker: step_batch(examples, plan[number][worker], c),
+            NamedSharding(mesh, batch_spec(mesh, leading=int(c.accumulate > 1))),
             workers,
         )
 
@@ -142,21 +152,30 @@ def train_student(
         saver(checkpoints, c.async_checkpoints) as checkpoint,
         stop_on_sigterm() as stops,
         watchdog(c.step_seconds) as begins,
+        profiled(c.profiled if profiles else range(0), profiles or checkpoints) as before_step,
     ):
+        before_step(first)
         for taken in run_steps(step, state, batch_at, schedule, range(first, steps), mesh):
             done, last = taken.number + 1, taken.number == steps - 1
-            tokens = _tokens(examples, plan[taken.number])
-            row = _metrics_row(taken, tokens) | _exchange_row(taken, schedule, mesh)
+            row = _metrics_row(taken) | _exchange_row(taken, schedule, mesh)
             if last or taken.number % c.measure_every == 0:
                 row |= measure(taken.state)
                 row |= _contraction_row(row, predicted)
-            on_metrics(row)
+            seconds = dict(taken.seconds)
             stop = not last and stops()
             if stop or (not last and done % c.checkpoint_every == 0):
-                checkpoint.save(done, taken.state, with_steps(segments, workers, done))
+                with timed(seconds, "checkpoint"):
+                    checkpoint.save(done, taken.state, with_steps(segments, workers, done))
+            tokens = _tokens(examples, plan[taken.number])
+            flops = training_flops(student.config, *tokens, c.row_tokens)
+            kind, chips = mesh.devices.flat[0].device_kind, mesh.size
+            row |= {"tokens": tokens[0]}
+            row["measured"] = speed_row(seconds, tokens[0], flops, kind, chips, exchange_seconds)
+            on_metrics(row)
             if stop:
                 checkpoint.finish()
                 raise KeyboardInterrupt
+            before_step(done)
             begins(done)
     compiled = compiled_programs(step)
     assert compiled <= 1, f"one batch shape must compile one program, compiled {compiled}"
@@ -241,14 +260,30 @@ def _with_sum_weights(mix_state: Any, sum_weight_W: Any) -> Any:
     return mix_state._replace(sum_weight=sum_weight_W)
 
 
-def _metrics_row(taken: Taken, tokens: int) -> dict[str, Any]:
+def _exchange_seconds(
+    state: TrainState,
+    mixing: gossip.MixingTransformation,
+    schedule: gossip.Schedule,
+    mesh: Mesh,
+    specs: Params,
+) -> float | None:
+    """Of one exchange in which somebody sends, on its own; None if there is no such round."""
+    busy = [t for t in range(schedule.rounds) if schedule.round(t).branch_K.any()]
+    if not busy:
+        return None
+    mix = jax.jit(sharded_mixing(mixing, mesh, specs))
+    none = jax.tree.map(jax.numpy.zeros_like, state.params)
+    round = meshes.place(schedule.round(busy[0]), meshes.replicated(mesh))
+    return time_exchange(mix, none, state.mix_state, state.params, round)
+
+
+def _metrics_row(taken: Taken) -> dict[str, Any]:
     """A line of metrics.jsonl; the loss of a worker is null where its batch was empty."""
     loss_W, weight_W, norm_W = (field.tolist() for field in taken.metrics)
     return {
         "step": taken.number,
         "loss": [loss if weight else None for loss, weight in zip(loss_W, weight_W, strict=True)],
         "gradient_norm": norm_W,
-        "tokens": tokens,
     }
 
 
@@ -289,9 +324,10 @@ def _contraction_row(row: dict[str, Any], predicted: float) -> dict[str, Any]:
     return {"predicted_contraction": predicted, "measured_contraction": measured}
 
 
-def _tokens(examples: Sequence[Conversation], rows_by_worker: list[list[Row]]) -> int:
-    """Tokens of one step's rows, prompts and answers, over all workers."""
-    return sum(examples[i].length for own in rows_by_worker for row in own for i in row)
+def _tokens(examples: Sequence[Conversation], rows_by_worker: list[list[Row]]) -> tuple[int, int]:
+    """Tokens of one step's rows over all workers, and how many of them are of responses."""
+    seen = [examples[index] for own in rows_by_worker for row in own for index in row]
+    return sum(one.length for one in seen), sum(len(one.response) for one in seen)
 
 
 def _make_measure(

@@ -116,10 +116,11 @@ def _deal(
         keys = (epoch, worker, part) if part else (epoch, worker)
         order = numpy_stream(seed, "shuffle examples", *keys).permutation(left[worker::workers])
         rows_by_worker.append(first_fit(examples, order.tolist(), config))
-    steps = max(-(-len(worker_rows) // config.rows) for worker_rows in rows_by_worker)
+    count = config.rows * config.accumulate
+    steps = max(-(-len(worker_rows) // count) for worker_rows in rows_by_worker)
     for step in range(steps):
-        first, last = step * config.rows, (step + 1) * config.rows
-        yield [_padded(own[first:last], config.rows) for own in rows_by_worker]
+        first, last = step * count, (step + 1) * count
+        yield [_padded(own[first:last], count) for own in rows_by_worker]
 
 
 def first_fit(examples: Sequence[Conversation], order: list[int], config: TrainConfig) -> list[Row]:
@@ -149,9 +150,18 @@ def _padded(own: list[Row], count: int) -> list[Row]:
 
 
 def batch_rows(examples: Sequence[Conversation], own: list[Row], config: TrainConfig) -> Rows:
-    """One worker's batch of one step, as NumPy: [B, T] and [B, R]."""
+    """These rows, as NumPy: [B, T] and [B, R]."""
     conversations = [[examples[index] for index in row] for row in own]
     return rows.pack(conversations, config.row_tokens, config.row_response_tokens)
+
+
+def step_batch(examples: Sequence[Conversation], own: list[Row], config: TrainConfig) -> Rows:
+    """One worker's batch of one step: [B, T] and [B, R], or [A, B, ...] if A are accumulated."""
+    batch = batch_rows(examples, own, config)
+    if config.accumulate == 1:
+        return batch
+    shape = (config.accumulate, config.rows)
+    return jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), batch)
 
 
 def stack_workers(batches: Sequence[Rows]) -> Rows:

@@ -96,6 +96,9 @@ class TrainConfig:
     """Steps between measurements of held-out loss and consensus distance."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 20
     """Steps between checkpoints of all workers."""
+    time_exchange: bool = False
+    """Time the exchange alone before the first step, so that a step's seconds can be split; takes
+    a compilation and, for a moment, room for a second copy of the parameters."""
     async_checkpoints: bool = True
     """Write checkpoints in the background, from a copy, while training goes on."""
     step_seconds: Annotated[float, Field(gt=0)] = 3600.0

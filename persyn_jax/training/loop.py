@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from persyn_jax import mesh as meshes
 from persyn_jax.gossip import Schedule
+from persyn_jax.training.meters import Part, timed
 from persyn_jax.training.step import StepMetrics, TrainState, TrainStep
 
 
@@ -27,10 +28,9 @@ class Taken(NamedTuple):
     """After it; donated, so gone, when the next step is asked for."""
     metrics: StepMetrics
     """NumPy, [W]."""
-    compute_seconds: float
-    """Until the metrics were there; the exchange is part of the step's program."""
-    input_seconds: float
-    """Spent on the next batch, most of it while the step ran."""
+    seconds: Mapping[Part, float]
+    """`compute`: until the metrics were there; the exchange is part of the step's program, and the
+    next batch is made meanwhile. `input`: making the first batch, which nothing hides."""
 
 
 def run_steps(
@@ -49,22 +49,24 @@ def run_steps(
     Raises FloatingPointError as soon as a worker's loss or gradient is not finite. The rule has
     kept the others clean (see `gossip.gosgd`), but that worker's optimiser state is spoilt.
     """
-    batch = batch_at(numbers.start) if numbers else None
+    seconds: dict[Part, float] = {}
+    batch = None
+    if numbers:
+        with timed(seconds, "input"):
+            batch = batch_at(numbers.start)
     for number in numbers:
-        began = time.monotonic()
-        round = meshes.place(schedule.round(number), meshes.replicated(mesh))
-        state, metrics = step(state, batch, round)
-        dispatched = time.monotonic()
-        batch = batch_at(number + 1) if number + 1 in numbers else None
-        made = time.monotonic()
-        metrics = meshes.read(metrics, mesh)
+        with timed(seconds, "compute"):
+            round = meshes.place(schedule.round(number), meshes.replicated(mesh))
+            state, metrics = step(state, batch, round)
+            batch = batch_at(number + 1) if number + 1 in numbers else None
+            metrics = meshes.read(metrics, mesh)
         if not np.isfinite([metrics.loss, metrics.gradient_norm]).all():
             raise FloatingPointError(
                 f"training step {number}: not finite: loss by worker {metrics.loss.tolist()}, "
                 f"gradient norm by worker {metrics.gradient_norm.tolist()}"
             )
-        seconds = time.monotonic() - began
-        yield Taken(number, state, metrics, seconds, made - dispatched)
+        yield Taken(number, state, metrics, seconds)
+        seconds = {}
 
 
 def uniform_mean(stacked: Any, mesh: Mesh) -> Any:

@@ -12,7 +12,6 @@ Loss and exchange run in a `shard_map` over all axes; the optimiser sees whole a
 compiler divides its work.
 """
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -207,19 +206,35 @@ def make_sharded_step(
     gradient_of = jax.value_and_grad(loss, has_aux=True)
     if accumulate > 1:
         gradient_of = accumulated(gradient_of)
-    everywhere = partial(jax.shard_map, mesh=mesh)
     params_W = _all_workers(specs)
+    mix = sharded_mixing(mixing, mesh, specs)
 
     def gradients_of(params: Params, batch: Any):
         def one_chip(params, batch):
             return _row(gradient_of(*_own((params, batch))))
 
         scalars = PartitionSpec(WORKER)
-        return everywhere(
+        return jax.shard_map(
             one_chip,
+            mesh=mesh,
             in_specs=(params_W, rows_spec),
             out_specs=((scalars, scalars), params_W),
         )(params, batch)
+
+    def train_step(state: TrainState, batch: Any, round: Round) -> tuple[TrainState, StepMetrics]:
+        at = jax.vmap(mixing.evaluate_at)(state.params, state.mix_state)
+        (loss_W, weight_W), gradients = gradients_of(at, batch)
+        updates, opt_state = jax.vmap(optimiser.update)(gradients, state.opt_state, at)
+        params, mix_state = mix(updates, state.mix_state, state.params, round)
+        norm_W = jax.vmap(optax.tree.norm)(gradients)
+        return TrainState(params, opt_state, mix_state), StepMetrics(loss_W, weight_W, norm_W)
+
+    return train_step
+
+
+def sharded_mixing(mixing: MixingTransformation, mesh: Mesh, specs: Params):
+    """`mixing.update` of all workers at once: their updates, state, parameters and the round."""
+    params_W = _all_workers(specs)
 
     def mix(updates: Params, mix_state: Any, params: Params, round: Round):
         own_state, own_params = _shapes_of_one((mix_state, params))
@@ -232,21 +247,14 @@ def make_sharded_step(
             own = _own((updates, mix_state, params))
             return _row(mixing.update(*own, own_round))
 
-        return everywhere(
+        return jax.shard_map(
             one_chip,
+            mesh=mesh,
             in_specs=(params_W, state_W, params_W, *(PartitionSpec() for _ in rounds)),
             out_specs=(params_W, state_W),
         )(updates, mix_state, params, *rounds)
 
-    def train_step(state: TrainState, batch: Any, round: Round) -> tuple[TrainState, StepMetrics]:
-        at = jax.vmap(mixing.evaluate_at)(state.params, state.mix_state)
-        (loss_W, weight_W), gradients = gradients_of(at, batch)
-        updates, opt_state = jax.vmap(optimiser.update)(gradients, state.opt_state, at)
-        params, mix_state = mix(updates, state.mix_state, state.params, round)
-        norm_W = jax.vmap(optax.tree.norm)(gradients)
-        return TrainState(params, opt_state, mix_state), StepMetrics(loss_W, weight_W, norm_W)
-
-    return train_step
+    return mix
 
 
 def sharded_losses(loss: LossFunction, mesh: Mesh, specs: Params):

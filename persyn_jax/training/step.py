@@ -108,9 +108,9 @@ def accumulated(gradient_of: GradientFunction) -> GradientFunction:
 
 def _zeros(like: jax.ShapeDtypeStruct) -> jax.Array:
     """Zeros that vary over the axes of a `shard_map` as `like` does: a scan's carry must."""
-    axes = tuple(like.manual_axis_type.varying)  # pyrefly: ignore[missing-attribute]
     zeros = jnp.zeros(like.shape, like.dtype)
-    return jax.lax.pcast(zeros, axes, to="varying") if axes else zeros
+    axes = getattr(like.manual_axis_type, "varying", ())  # outside one there is none
+    return jax.lax.pcast(zeros, tuple(axes), to="varying") if axes else zeros
 
 
 def on_mesh(
