@@ -98,9 +98,11 @@ def place_copies(tree: Any, shardings: Any, workers: int) -> Any:
 
     def place_leaf(leaf, sharding):
         array = np.asarray(leaf)
-        return jax.make_array_from_callback(
-            (workers, *array.shape), sharding, lambda index: array[None][(slice(None), *index[1:])]
-        )
+
+        def own(index: Any) -> np.ndarray:
+            return array[None][(slice(None), *index[1:])]
+
+        return jax.make_array_from_callback((workers, *array.shape), sharding, own)
 
     return jax.tree.map(place_leaf, tree, shardings)
 
@@ -109,7 +111,7 @@ def place_workers(own: Callable[[int], Any], sharding: NamedSharding, workers: i
     """What `own(worker)` has for each worker, as arrays [W, ...]; asked for this process's only."""
     any_shape = (workers, *(1 for _ in sharding.spec[1:]))
     mine = {
-        index[0].indices(workers)[0]
+        index[0].indices(workers)[0]  # pyrefly: ignore[unsupported-operation]
         for index in _worker_sharding(sharding).addressable_devices_indices_map(any_shape).values()
     }
     trees = {worker: own(worker) for worker in sorted(mine)}
@@ -133,7 +135,13 @@ def _worker_sharding(sharding: NamedSharding) -> NamedSharding:
 
 def read(tree: Any, mesh: Mesh) -> Any:
     """All of each array, as NumPy, on every process."""
-    return jax.tree.map(lambda array: np.asarray(_gather_to_all(mesh)(array)), tree)
+
+    def read_leaf(array: Any) -> np.ndarray:
+        if isinstance(array, jax.Array) and not array.is_fully_addressable:
+            array = _gather_to_all(mesh)(array)
+        return np.asarray(array)
+
+    return jax.tree.map(read_leaf, tree)
 
 
 @functools.cache

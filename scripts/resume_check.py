@@ -3,7 +3,7 @@
     uv run scripts/resume_check.py --json resume.json
 
 Exits with 1 if a training differs by a bit. The JSON file holds `config` and `outcomes` (keys:
-those of `Outcome` in persyn_jax/bench/resume_check.py). About 15 minutes on 2 CPU cores.
+those of `Outcome` in persyn_jax.pipeline.resume_check.py). About 15 minutes on 2 CPU cores.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ CONFIG = Path(__file__).parents[1] / "configs" / "resume_check.yaml"
 def main() -> None:
     arguments = make_parser("Checks that stopped trainings resume.", CONFIG).parse_intermixed_args()
     from persyn_jax import config, store
-    from persyn_jax.bench import resume_check
+    from persyn_jax.pipeline import resume_check
 
     loaded = config.load(resume_check.ResumeConfig, arguments.config, arguments.overrides)
     outcomes = []

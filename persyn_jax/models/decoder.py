@@ -7,10 +7,21 @@ Parameters are a plain pytree::
 
 `head` is absent when the embeddings are tied. `layers` is either one dict whose leaves carry a
 leading axis L (a *stack*: scanned, compiles fast, few leaves to mix) or a tuple of L dicts
-(*unrolled*: no layer is copied out of a stack, which decides the speed of decoding on CPU). Every
-kernel is stored [out, in], so that the tied embedding serves as head.
+(*unrolled*: no layer is copied out of a stack, which decides the speed of decoding on CPU). Each
+layer has::
+
+    {"attention_norm": {"scale": [D]}, "mlp_norm": {"scale": [D]},
+     "q": {"kernel": [H E, D]}, "k": {"kernel": [K E, D]}, "v": {"kernel": [K E, D]},
+     "o": {"kernel": [D, H E]},
+     "gate": {"kernel": [F, D]}, "up": {"kernel": [F, D]}, "down": {"kernel": [D, F]}}
+
+and, if the config says so, a `bias` beside the kernels of q, k and v, `q_norm` and `k_norm` with a
+`scale` [E], `post_attention_norm` and `post_mlp_norm` with a `scale` [D]. Any of the seven may hold
+a LoRA adapter too, `lora_a` [r, in] and `lora_b` [out, r]. Every kernel is stored [out, in], so
+that the tied embedding serves as head.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
@@ -21,32 +32,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from persyn_jax.models.attention import Array, Attend, AttentionRule, attend_causally, soft_capped
+from persyn_jax.models.layout import GATHERED, WHOLE, Layout
 from persyn_jax.models.recompute import Recompute, remat
+from persyn_jax.models.rope import RopeScaling, Rotation, rotary_frequencies, rotate
+
+__all__ = [
+    "Array",
+    "Attend",
+    "AttentionRule",
+    "DecoderConfig",
+    "Params",
+    "RopeScaling",
+    "attend_causally",
+    "hidden_states",
+    "init",
+    "logits",
+    "unroll",
+]
 
 Params = dict[str, Any]
-Array = jax.Array | np.ndarray  # NumPy on the host, JAX inside a program
-# attend(query_BTHE, key_BTKE, value_BTKE, memory) -> (out_BTHE, memory): what a layer's queries
-# look at. `memory` is the layer's key-value cache where there is one, else None.
-Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """How rotary frequencies are changed for positions beyond those of pre-training."""
-
-    kind: Literal["linear", "llama3", "longrope"]
-    factor: float = 1.0
-    """Of `linear` and `llama3`: by how much low frequencies are divided."""
-    low_frequency_factor: float = 1.0
-    high_frequency_factor: float = 4.0
-    original_max_positions: int = 8192
-    """Of `llama3`, where its two factors are counted from."""
-    short_factors: tuple[float, ...] = ()
-    """Of `longrope`: what divides each of the E/2 frequencies up to the original positions."""
-    long_factors: tuple[float, ...] = ()
-    """Of `longrope`, beyond them; kept to be written out again: rows never get that long here."""
-    attention_factor: float = 1.0
-    """Of `longrope`: multiplies sine and cosine."""
+_EVERYTHING = 1 << 30  # as a window
 
 
 @dataclass(frozen=True)
@@ -91,60 +98,51 @@ class DecoderConfig:
     """Of layers that are not local."""
     local_rope_theta: float | None = None
     """Of local layers, unscaled; null: they do as the others (Gemma 3: 10000)."""
+    lora_scale: float = 1.0
+    """Multiplies what adapters add; without adapters it means nothing."""
 
-
-class Layout(NamedTuple):
-    """How the chips of a mesh share a decoder's parameters and work; `training.sharded` makes them.
-
-    Parameters arrive as each chip holds them. Batches are the chip's own rows.
-    """
-
-    gather: Callable[[str, Params], Params]
-    """(part, parameters) -> the parameters that this chip works with; of `layers`, one layer's."""
-    parts: int
-    """Among how many chips heads and feed-forward features are divided."""
-    sum_parts: Callable[[jax.Array], jax.Array]
-    """Sums what those chips contribute to a layer's output."""
-    share: Callable[[Any], Any]
-    """This chip's share of arrays [B, R] that those chips all hold."""
-    total: Callable[[jax.Array], jax.Array]
-    """Sums over all chips that work on one batch."""
-
-
-WHOLE = Layout(
-    gather=lambda part, params: params,
-    parts=1,
-    sum_parts=lambda x: x,
-    share=lambda tree: tree,
-    total=lambda x: x,
-)
-"""One chip has it all."""
+    def is_local(self, layer: int) -> bool:
+        """Whether the layer sees a window only."""
+        return self.local_layers[layer] if self.local_layers else self.window is not None
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale, computed in float32 (arXiv 1910.07467)."""
+    """x / rms(x) * (scale + offset), computed in float32 (arXiv 1910.07467)."""
 
     eps: float
+    offset: float = 0.0
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        scale_D = self.param("scale", nn.initializers.ones, (x_BTD.shape[-1],))
-        x32_BTD = x_BTD.astype(jnp.float32)
-        square_BT1 = jnp.mean(x32_BTD * x32_BTD, axis=-1, keepdims=True)
-        normed_BTD = x32_BTD * jax.lax.rsqrt(square_BT1 + self.eps)
-        return (normed_BTD * scale_D[None, None]).astype(x_BTD.dtype)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.constant(1 - self.offset), (x.shape[-1],))
+        if self.offset:
+            scale = scale.astype(jnp.float32) + self.offset
+        x32 = x.astype(jnp.float32)
+        square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
+        normed = x32 * jax.lax.rsqrt(square + self.eps)
+        return (normed * _last_axis(scale, x.ndim)).astype(x.dtype)
 
 
 class Dense(nn.Module):
-    """x @ kernel.T with the kernel stored [out, in]."""
+    """x @ kernel.T (+ bias) with the kernel stored [out, in], and what an adapter adds.
+
+    The adapter (LoRA, arXiv 2106.09685) is there if the parameters hold one.
+    """
 
     features: int
+    bias: bool = False
+    lora_scale: float = 1.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=-1, out_axis=-2)
-        kernel = self.param("kernel", init, (self.features, x.shape[-1]))
-        return project(x, kernel)
+        y = project(x, self.param("kernel", init, (self.features, x.shape[-1])))
+        if self.bias:
+            y += _last_axis(self.param("bias", nn.initializers.zeros, (self.features,)), y.ndim)
+        if self.has_variable("params", "lora_a"):
+            reduce, expand = (self.get_variable("params", name) for name in ("lora_a", "lora_b"))
+            y += project(project(x, reduce), expand) * self.lora_scale
+        return y
 
 
 class Layer(nn.Module):
@@ -156,59 +154,95 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, attend: Attend, memory: Any
+        self,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        local: bool | jax.Array,
+        attend: Attend,
+        memory: Any,
     ) -> tuple[jax.Array, Any]:
-        c = self.config
+        c, kind = self.config, _layer_kind(self.config, local)
         B, T, _ = x_BTD.shape
 
+        def norm(name: str, x: jax.Array) -> jax.Array:
+            return RMSNorm(c.norm_eps, c.norm_offset, name=name)(x)
+
+        def dense(name: str, features: int, x: jax.Array, bias: bool = False) -> jax.Array:
+            return Dense(features, bias, c.lora_scale, name=name)(x)
+
         def heads(name: str, count: int, h_BTD: jax.Array) -> jax.Array:
-            return Dense(count * c.head_dim, name=name)(h_BTD).reshape(B, T, count, c.head_dim)
+            flat = dense(name, count * c.head_dim, h_BTD, c.attention_bias)
+            return flat.reshape(B, T, count, c.head_dim)
 
-        h_BTD = RMSNorm(c.norm_eps, name="attention_norm")(x_BTD)
-        q_BTHE = rotate(heads("q", c.heads, h_BTD), positions_BT, c.rope_theta)
-        k_BTKE = rotate(heads("k", c.kv_heads, h_BTD), positions_BT, c.rope_theta)
+        def turned(name: str, count: int, h_BTD: jax.Array) -> jax.Array:
+            x_BTHE = heads(name, count, h_BTD)
+            x_BTHE = norm(f"{name}_norm", x_BTHE) if c.qk_norm else x_BTHE
+            return rotate(x_BTHE, positions_BT, kind.rotation)
+
+        h_BTD = norm("attention_norm", x_BTD)
+        q_BTHE, k_BTKE = turned("q", c.heads, h_BTD), turned("k", c.kv_heads, h_BTD)
         v_BTKE = heads("v", c.kv_heads, h_BTD)
-        out_BTHE, memory = attend(q_BTHE, k_BTKE, v_BTKE, memory)
-        out_BTD = Dense(c.d_model, name="o")(out_BTHE.reshape(B, T, -1))
-        x_BTD = x_BTD + self.sum_parts(out_BTD)
-        h_BTD = RMSNorm(c.norm_eps, name="mlp_norm")(x_BTD)
-        gated = nn.silu(Dense(c.d_ff, name="gate")(h_BTD)) * Dense(c.d_ff, name="up")(h_BTD)
-        return x_BTD + self.sum_parts(Dense(c.d_model, name="down")(gated)), memory
+        scale = c.head_dim**-0.5 if c.query_scale is None else c.query_scale
+        rule = AttentionRule(scale, c.attention_softcap, kind.window)
+        out_BTHE, memory = attend(q_BTHE, k_BTKE, v_BTKE, rule, memory)
+        added_BTD = self.sum_parts(dense("o", c.d_model, out_BTHE.reshape(B, T, -1)))
+        x_BTD = x_BTD + (norm("post_attention_norm", added_BTD) if c.post_norms else added_BTD)
+        h_BTD = norm("mlp_norm", x_BTD)
+        activation = nn.silu if c.activation == "silu" else nn.gelu  # nn.gelu is the tanh form
+        gated = activation(dense("gate", c.d_ff, h_BTD)) * dense("up", c.d_ff, h_BTD)
+        added_BTD = self.sum_parts(dense("down", c.d_model, gated))
+        return x_BTD + (norm("post_mlp_norm", added_BTD) if c.post_norms else added_BTD), memory
 
 
-def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x[..., in] times kernel [out, in] -> [..., out]: both contract their last axis."""
-    return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (1,)), ((), ())))
+class _LayerKind(NamedTuple):
+    """In what local layers may differ from the others."""
+
+    rotation: Rotation
+    window: int | jax.Array | None
 
 
-def rotate(x_BTHE: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
-    """Rotary position embedding, rotate-half form (RoFormer, as in Llama's Hugging Face code)."""
-    half = x_BTHE.shape[-1] // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles_BTF = positions_BT[:, :, None].astype(jnp.float32) * frequencies[None, None]
-    angles_BT1F = angles_BTF[:, :, None]
-    cos, sin = jnp.cos(angles_BT1F), jnp.sin(angles_BT1F)
-    x1, x2 = x_BTHE[..., :half], x_BTHE[..., half:]
-    rotated = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
-    return rotated.astype(x_BTHE.dtype)
+def _layer_kind(c: DecoderConfig, local: bool | jax.Array) -> _LayerKind:
+    """local: an array inside a scan over layers of both kinds."""
+    if isinstance(local, jax.Array):
+        theirs, others = _layer_kind(c, True), _layer_kind(c, False)
+        others = others._replace(window=_EVERYTHING)
+        return jax.tree.map(lambda a, b: jnp.where(local, a, b), theirs, others)
+    if local and c.local_rope_theta is not None:
+        rotation = rotary_frequencies(c.head_dim, c.local_rope_theta, None)
+    else:
+        rotation = rotary_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
+    return _LayerKind(rotation, c.window if local else None)
+
+
+def _last_axis(vector: jax.Array, ndim: int) -> jax.Array:
+    return vector.reshape((1,) * (ndim - 1) + (-1,))
+
+
+def project(x: jax.Array, kernel: jax.Array, dtype: Any = None) -> jax.Array:
+    """x[..., in] times kernel [out, in] -> [..., out]: both contract their last axis.
+
+    dtype: of sums and result; None: that of the operands.
+    """
+    axes = (((x.ndim - 1,), (1,)), ((), ()))
+    return jax.lax.dot_general(x, kernel, axes, preferred_element_type=dtype)
 
 
 def init(config: DecoderConfig, key: jax.Array) -> Params:
     """Random parameters, float32, layers stacked."""
     embed_key, head_key, layer_key = jax.random.split(key, 3)
 
-    def attend(q, k, v, memory):  # shapes are all that initialising needs
+    def attend(q, k, v, rule, memory):  # shapes are all that initialising needs
         return q, memory
 
     def init_layer(key):
         x_BTD, positions_BT = jnp.zeros((1, 1, config.d_model)), jnp.zeros((1, 1), jnp.int32)
-        return Layer(config).init(key, x_BTD, positions_BT, attend, None)["params"]
+        return Layer(config).init(key, x_BTD, positions_BT, False, attend, None)["params"]
 
     shape_VD = (config.vocab_size, config.d_model)
     params = {
         "embed": {"embedding": 0.02 * jax.random.normal(embed_key, shape_VD)},
         "layers": jax.vmap(init_layer)(jax.random.split(layer_key, config.layers)),
-        "final_norm": {"scale": jnp.ones(config.d_model)},
+        "final_norm": {"scale": jnp.full(config.d_model, 1 - config.norm_offset, jnp.float32)},
     }
     if not config.tied_embeddings:
         params["head"] = {"kernel": 0.02 * jax.random.normal(head_key, shape_VD)}
@@ -236,8 +270,8 @@ def hidden_states(
     """Runs the decoder up to and with its final norm.
 
     tokens_BT, positions_BT: int32. memory: what `attend` of each layer gets, a tuple of L, or None;
-    only unrolled layers take one. recompute: let the backward pass recompute each layer of a stack
-    instead of keeping its activations (a third more work, activations of one layer instead of L).
+    only unrolled layers take one. recompute: what the backward pass of a stack computes again.
+    layout: how chips share the work, inside a `shard_map`.
     Returns (hidden_BTD, what `attend` of each layer returned as its memory).
     Raises ValueError for stacked layers with a memory.
     """
@@ -249,34 +283,55 @@ def hidden_states(
 
     layer = Layer(_of_one_chip(config, layout.parts), layout.sum_parts)
 
-    def run_layer(x_BTD, layer_params, layer_memory=None):
-        layer_params = layout.gather("layers", layer_params)
-        return _apply(layer, layer_params, x_BTD, positions_BT, attend, layer_memory)
+    def run_layer(x_BTD, layer_params, local, layer_memory=None):
+        arguments = x_BTD, positions_BT, local, attend, layer_memory
+        return _apply(layer, layout.gather("layers", layer_params), *arguments)
 
     x_BTD = layout.gather("embed", params["embed"])["embedding"][tokens_BT]
+    if config.embedding_scale != 1.0:  # rounded to the parameters' dtype, as in Gemma's own code
+        x_BTD = x_BTD * jnp.asarray(config.embedding_scale, x_BTD.dtype)
+    local = [config.is_local(i) for i in range(config.layers)]
     if stacked:
-        if recompute != "nothing":
-            body = remat(run_layer, recompute)
-        elif layout is not WHOLE:  # what was gathered is gathered again: one layer's at a time
-            body = jax.checkpoint(run_layer, policy=_KEEP_ALL_BUT_GATHERED)
-        else:
-            body = run_layer
-        x_BTD, _ = jax.lax.scan(body, x_BTD, params["layers"])
+        again = functools.partial(_remat, recompute=recompute, gathers=layout is not WHOLE)
+        x_BTD = _scan_layers(run_layer, x_BTD, params["layers"], local, again)
     elif memory is None:
-        for layer_params in params["layers"]:
-            x_BTD, _ = run_layer(x_BTD, layer_params)
+        for layer_params, is_local in zip(params["layers"], local, strict=True):
+            x_BTD, _ = run_layer(x_BTD, layer_params, is_local)
     else:
         after = []
-        for layer_params, layer_memory in zip(params["layers"], memory, strict=True):
-            x_BTD, layer_memory = run_layer(x_BTD, layer_params, layer_memory)
+        for entry in zip(params["layers"], local, memory, strict=True):
+            x_BTD, layer_memory = run_layer(x_BTD, *entry)
             after.append(layer_memory)
         memory = tuple(after)
-    return _apply(RMSNorm(config.norm_eps), params["final_norm"], x_BTD), memory
+    final_norm = RMSNorm(config.norm_eps, config.norm_offset)
+    return _apply(final_norm, params["final_norm"], x_BTD), memory
 
 
-GATHERED = "gathered"
-"""`jax.ad_checkpoint.checkpoint_name` of parameters that a layout has gathered."""
-_KEEP_ALL_BUT_GATHERED = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
+def _scan_layers(
+    run_layer: Callable, x_BTD: jax.Array, stack: Params, local: list[bool], again: Callable
+) -> jax.Array:
+    """again: makes of one layer's function what the backward pass wants of it."""
+    if len(set(local)) == 1:  # a constant: no mask that a layer does not need
+
+        def body(x_BTD, layer_params):
+            return run_layer(x_BTD, layer_params, local[0])
+
+        scanned = stack
+    else:
+
+        def body(x_BTD, layer):
+            return run_layer(x_BTD, *layer)
+
+        scanned = (stack, np.array(local))
+    x_BTD, _ = jax.lax.scan(again(body), x_BTD, scanned)
+    return x_BTD
+
+
+def _remat(body: Callable, recompute: Recompute, gathers: bool) -> Callable:
+    if recompute == "nothing" and gathers:  # one layer's parameters at a time, not all that ran
+        kept = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
+        return jax.checkpoint(body, policy=kept)
+    return remat(body, recompute)
 
 
 def _of_one_chip(config: DecoderConfig, parts: int) -> DecoderConfig:
@@ -299,22 +354,10 @@ def head_kernel(params: Params, layout: Layout = WHOLE) -> jax.Array:
     return layout.gather("embed", params["embed"])["embedding"]
 
 
-def logits(params: Params, hidden: jax.Array) -> jax.Array:
-    """hidden [..., D] -> float32 logits [..., V]."""
-    kernel_VD = head_kernel(params)
-    return project(hidden, kernel_VD).astype(jnp.float32)
+def logits(params: Params, hidden: jax.Array, softcap: float | None = None) -> jax.Array:
+    """hidden [..., D] -> float32 logits [..., V], also of bfloat16 parameters.
 
-
-def attend_causally(segments_BT: Array) -> Attend:
-    """Attention for whole rows: a token sees itself and earlier tokens of its own segment number.
-
-    Padding carries a segment number of its own (0), so that it is seen by nobody else.
+    softcap: the config's `final_softcap`.
     """
-    T = segments_BT.shape[1]
-    causal_TT = jnp.tril(jnp.ones((T, T), bool))
-    mask_B1TT = (causal_TT[None] & (segments_BT[:, :, None] == segments_BT[:, None, :]))[:, None]
-
-    def attend(q_BTHE, k_BTKE, v_BTKE, memory):
-        return jax.nn.dot_product_attention(q_BTHE, k_BTKE, v_BTKE, mask=mask_B1TT), memory
-
-    return attend
+    found = project(hidden, head_kernel(params), jnp.float32)
+    return soft_capped(found, softcap)

@@ -1,31 +1,223 @@
-"""Reads a GGUF file of the `llama` architecture. Every count, length and offset is checked first.
+"""GGUF files as decoders: what each architecture's metadata and tensors mean.
 
-The metadata parser is ours because it must not trust the file (and the `gguf` package's takes
-seconds on a vocabulary); the block formats are that package's.
+Conventions are llama.cpp's (its converter and the graphs under src/models), where they leave the
+metadata silent too; a model is the same here whether it came from a GGUF file or from the Hugging
+Face folder that the file was made of.
 """
 
-import mmap
-import struct
+import dataclasses
+import math
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 
 from persyn_jax.config import ConfigError
 from persyn_jax.models.decoder import DecoderConfig
-from persyn_jax.models.spec import positive_float, positive_int
+from persyn_jax.models.file_checks import positive_float, positive_int, shown
+from persyn_jax.models.gguf_file import GgufFile, Tensor, read
+from persyn_jax.models.rope import RopeScaling, rotary_frequencies
 
-# Value types of a fixed size, as struct and NumPy know them.
-_SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
-_STRING, _ARRAY = 8, 9
-# More tensors or metadata entries than any model has; damaged counts stop here.
-_MOST_ENTRIES = 1 << 16
+__all__ = ["GgufFile", "decoder_config", "parameter_names", "parameters_only", "read"]
 
-# Where each parameter of the decoder stands; {} is the number of the layer.
-PARAMETER_NAMES = {
-    "embed": {"embedding": "token_embd.weight"},
-    "layers": {
+FAMILIES: tuple[str, ...] = get_args(get_type_hints(DecoderConfig)["family"])
+
+# They are in the config, as `rope_scaling`.
+_ROPE_TABLES = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
+
+
+@dataclass(frozen=True)
+class _Metadata:
+    """A file's metadata under its architecture's name."""
+
+    file: GgufFile
+    family: str
+
+    def value(self, key: str) -> Any:
+        return self.file.metadata.get(f"{self.family}.{key}")
+
+    def given(self, key: str) -> bool:
+        """Whether it is there and not 0, which stands for none."""
+        value = self.value(key)
+        return value is not None and not (isinstance(value, int | float) and value == 0)
+
+    def whole(self, key: str, default: int | None = None, most: int = 1 << 20) -> int:
+        return positive_int(self._value_or(key, default), self._where(key), most)
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """Of a float32 the shortest decimal: 1e-6 and not 9.999999974752427e-07."""
+        where = self._where(key)
+        found = positive_float(self._value_or(key, default), where)
+        return positive_float(float(str(np.float32(found))), where)
+
+    def _value_or(self, key: str, default: Any) -> Any:
+        value = self.value(key)
+        found = default if value is None else value
+        if found is None:
+            raise ConfigError(f"{self._where(key)} is missing")
+        return found
+
+    def _where(self, key: str) -> str:
+        return f"{self.file.path}: metadata '{self.family}.{key}'"
+
+
+def decoder_config(file: GgufFile) -> DecoderConfig:
+    """The decoder's shape. Raises ConfigError for what is missing, impossible or not supported."""
+    family = file.get("general.architecture")
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise ConfigError(
+            f"{file.path}: architecture {shown(family)}; supported from GGUF: "
+            + ", ".join(map(repr, FAMILIES))
+        )
+    m = _Metadata(file, family)
+    d_model, heads = m.whole("embedding_length"), m.whole("attention.head_count")
+    head_dim = m.whole("attention.key_length", default=max(d_model // heads, 1))
+    for key in ("rope.dimension_count", "attention.value_length"):
+        if (found := m.whole(key, default=head_dim)) != head_dim:
+            raise ConfigError(
+                f"{file.path}: metadata '{family}.{key}' is {found}; supported: the width of a "
+                f"head, {head_dim}"
+            )
+    theta = m.number("rope.freq_base", default=10000.0 if family == "gemma2" else None)
+    plain = DecoderConfig(
+        vocab_size=file.find("token_embd.weight").shape[0],
+        layers=m.whole("block_count", most=1 << 12),
+        d_model=d_model,
+        d_ff=m.whole("feed_forward_length"),
+        heads=heads,
+        kv_heads=m.whole("attention.head_count_kv", default=heads),
+        head_dim=head_dim,
+        rope_theta=theta,
+        norm_eps=m.number("attention.layer_norm_rms_epsilon"),
+        tied_embeddings="output.weight" not in file.tensors,
+        max_positions=m.whole("context_length", most=1 << 30),
+        family=family,  # pyrefly: ignore[bad-argument-type]
+    )
+    changed = _of_family(m, plain)
+    if (scaling := _rope_scaling(m, plain)) is not None:
+        changed["rope_scaling"] = scaling
+        if scaling.kind == "longrope":
+            changed["max_positions"] = scaling.original_max_positions
+    return dataclasses.replace(plain, **changed)
+
+
+def _of_family(m: _Metadata, plain: DecoderConfig) -> dict[str, Any]:
+    """The fields in which the architecture differs from Llama's."""
+    if m.family == "qwen2":
+        return {"attention_bias": True}
+    if m.family == "qwen3":
+        return {"qk_norm": True}
+    if m.family == "phi3":
+        key = "attention.sliding_window"
+        return {"window": m.whole(key, most=1 << 30)} if m.given(key) else {}
+    if m.family == "gemma2":
+        local = {"window": m.whole("attention.sliding_window", default=4096, most=1 << 30)}
+        return (
+            _gemma(plain, deepest=46)
+            | _local_layers(m, plain.layers, period=2)
+            | local
+            | {
+                "attention_softcap": m.number("attn_logit_softcapping", default=50.0),
+                "final_softcap": m.number("final_logit_softcapping", default=30.0),
+            }
+        )
+    if m.family == "gemma3":
+        fields = _gemma(plain, deepest=62) | {"qk_norm": True}
+        if m.given("final_logit_softcapping"):
+            fields["final_softcap"] = m.number("final_logit_softcapping")
+        if m.given("attention.sliding_window"):
+            fields |= _local_layers(m, plain.layers, period=6) | {
+                "window": m.whole("attention.sliding_window", most=1 << 30),
+                "local_rope_theta": m.number("rope.freq_base_swa", default=10000.0),
+            }
+        return fields
+    return {}
+
+
+def _gemma(plain: DecoderConfig, deepest: int) -> dict[str, Any]:
+    # The metadata does not say how queries are scaled. In the largest model, told by its depth as
+    # llama.cpp does, it is by D / heads in place of E.
+    width = plain.d_model // plain.heads if plain.layers == deepest else plain.head_dim
+    return {
+        "activation": "gelu_tanh",
+        "post_norms": True,
+        "norm_offset": 1.0,
+        "embedding_scale": math.sqrt(plain.d_model),
+        "query_scale": width**-0.5,
+    }
+
+
+def _local_layers(m: _Metadata, layers: int, period: int) -> dict[str, Any]:
+    """Every `period`-th layer sees everything, unless the metadata has a pattern of its own."""
+    key = "attention.sliding_window_pattern"
+    pattern = m.value(key)
+    if isinstance(pattern, np.ndarray):
+        if pattern.dtype != bool or len(pattern) != layers:
+            raise ConfigError(
+                f"{m.file.path}: metadata '{m.family}.{key}' is {shown(pattern)}, must be one "
+                f"boolean for each of {layers} layers"
+            )
+        return {"local_layers": tuple(pattern.tolist())}
+    period = m.whole(key, default=period)
+    return {"local_layers": tuple((i + 1) % period != 0 for i in range(layers))}
+
+
+def _rope_scaling(m: _Metadata, plain: DecoderConfig) -> RopeScaling | None:
+    path, half = m.file.path, max(plain.head_dim // 2, 1)
+    kind = m.value("rope.scaling.type")
+    if kind is not None and (
+        not isinstance(kind, str) or kind not in ("none", "linear", "longrope")
+    ):
+        raise ConfigError(
+            f"{path}: RoPE scaling {shown(kind)}; supported from GGUF: 'linear', 'longrope'"
+        )
+    if "rope_freqs.weight" in m.file.tensors:
+        return _named(_factors(m.file, "rope_freqs.weight", half), plain)
+    if kind == "longrope" or "rope_factors_short.weight" in m.file.tensors:
+        return RopeScaling(
+            "longrope",
+            original_max_positions=m.whole("rope.scaling.original_context_length", most=1 << 30),
+            short_factors=_factors(m.file, "rope_factors_short.weight", half),
+            long_factors=_factors(m.file, "rope_factors_long.weight", half),
+            attention_factor=m.number("rope.scaling.attn_factor", default=1.0),
+        )
+    # llama.cpp takes a factor without a type for a linear one.
+    factor = m.number("rope.scaling.factor", default=1.0) if kind != "none" else 1.0
+    return None if factor == 1.0 else RopeScaling("linear", factor=factor)
+
+
+def _factors(file: GgufFile, name: str, half: int) -> tuple[float, ...]:
+    factors = file.read(name, (half,))
+    if not ((factors > 0) & (factors < 1e30)).all():
+        raise ConfigError(f"{file.path}: tensor {name!r} must hold finite numbers above 0")
+    return tuple(factors.tolist())
+
+
+def _named(factors: tuple[float, ...], plain: DecoderConfig) -> RopeScaling | None:
+    """What `rope_freqs` stands for: Llama 3's rule where its constants give these factors.
+
+    Other factors are kept as they are: LongRoPE divides frequencies by a table too.
+    """
+    if set(factors) == {1.0}:
+        return None
+    llama3 = RopeScaling("llama3", factor=max(factors))
+    plainly, scaled = (
+        rotary_frequencies(plain.head_dim, plain.rope_theta, scaling).frequencies_F
+        for scaling in (None, llama3)
+    )
+    if np.allclose(factors, plainly / scaled, rtol=1e-4, atol=0):
+        return llama3
+    return RopeScaling(
+        "longrope",
+        original_max_positions=plain.max_positions,
+        short_factors=factors,
+        long_factors=factors,
+    )
+
+
+def parameter_names(config: DecoderConfig) -> dict[str, Any]:
+    """The parameters' tree with tensor names for arrays; {} is the number of the layer."""
+    layers = {
         "attention_norm": {"scale": "blk.{}.attn_norm.weight"},
         "mlp_norm": {"scale": "blk.{}.ffn_norm.weight"},
         "q": {"kernel": "blk.{}.attn_q.weight"},
@@ -35,220 +227,82 @@ PARAMETER_NAMES = {
         "gate": {"kernel": "blk.{}.ffn_gate.weight"},
         "up": {"kernel": "blk.{}.ffn_up.weight"},
         "down": {"kernel": "blk.{}.ffn_down.weight"},
-    },
-    "final_norm": {"scale": "output_norm.weight"},
-    "head": {"kernel": "output.weight"},
-}
+    }
+    if config.attention_bias:
+        for part in "qkv":
+            layers[part]["bias"] = f"blk.{{}}.attn_{part}.bias"
+    if config.qk_norm:
+        layers["q_norm"] = {"scale": "blk.{}.attn_q_norm.weight"}
+        layers["k_norm"] = {"scale": "blk.{}.attn_k_norm.weight"}
+    if config.post_norms:
+        layers["post_attention_norm"] = {"scale": "blk.{}.post_attention_norm.weight"}
+        layers["post_mlp_norm"] = {"scale": "blk.{}.post_ffw_norm.weight"}
+    names = {
+        "embed": {"embedding": "token_embd.weight"},
+        "layers": layers,
+        "final_norm": {"scale": "output_norm.weight"},
+    }
+    return names if config.tied_embeddings else names | {"head": {"kernel": "output.weight"}}
 
 
-class Tensor(NamedTuple):
-    """Where a tensor stands in the file. `shape` is NumPy's: the last axis varies fastest."""
+def parameters_only(file: GgufFile, config: DecoderConfig) -> GgufFile:
+    """The file with its parameters alone, under the names of `parameter_names`.
 
-    ggml_type: int
-    shape: tuple[int, ...]
-    offset: int
-    size: int
-    """Bytes."""
-
-
-@dataclass(frozen=True)
-class GgufFile:
-    """A parsed file. Metadata arrays are lists of strings or NumPy arrays."""
-
-    path: Path
-    metadata: dict[str, Any]
-    tensors: dict[str, Tensor]
-
-    def get(self, key: str) -> Any:
-        """A metadata value. Raises ConfigError when there is none."""
-        if key not in self.metadata:
-            raise ConfigError(f"{self.path}: metadata {key!r} is missing")
-        return self.metadata[key]
-
-    def find(self, name: str) -> Tensor:
-        """Where tensor `name` stands. Raises ConfigError when there is none."""
-        if name not in self.tensors:
-            raise ConfigError(f"{self.path}: tensor {name!r} is missing")
-        return self.tensors[name]
-
-    def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """Tensor `name` as float32. Raises ConfigError unless it is there and has this shape."""
-        from gguf.constants import GGMLQuantizationType
-        from gguf.quants import dequantize
-
-        tensor = self.find(name)
-        if tensor.shape != shape:
-            raise ConfigError(
-                f"{self.path}: tensor {name!r} has shape {tensor.shape}, expected {shape}"
-            )
-        raw = np.fromfile(self.path, np.uint8, tensor.size, offset=tensor.offset)
-        kind = GGMLQuantizationType(tensor.ggml_type)
-        if kind is GGMLQuantizationType.F32:
-            return raw.view(np.float32).reshape(shape)
-        try:
-            values = dequantize(raw.reshape(*shape[:-1], -1), kind)
-        except NotImplementedError:
-            raise ConfigError(
-                f"{self.path}: tensor {name!r} has type {kind.name}, which cannot be read"
-            ) from None
-        return values.astype(np.float32, copy=False).reshape(shape)
+    RoPE tables are left out, and Phi-3's fused tensors stand there as their parts: rows follow each
+    other in a file, so a part is a tensor like any other. Raises ConfigError for a wrong shape.
+    """
+    tensors = {name: at for name, at in file.tensors.items() if name not in _ROPE_TABLES}
+    if config.family == "phi3":
+        query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        attention = {"attn_q": query, "attn_k": key, "attn_v": key}
+        mlp = {"ffn_gate": config.d_ff, "ffn_up": config.d_ff}
+        for i in range(config.layers):
+            for fused, parts in (("attn_qkv", attention), ("ffn_up", mlp)):
+                name = f"blk.{i}.{fused}.weight"
+                whole = file.find(name)
+                del tensors[name]
+                tensors |= _rows(file, name, whole, parts, f"blk.{i}.{{}}.weight")
+    return dataclasses.replace(file, tensors=tensors)
 
 
-class _Cursor:
-    """A position in the file that never moves past its end."""
-
-    def __init__(self, path: Path, data: mmap.mmap):
-        self.path, self.data, self.position = path, data, 0
-
-    def take(self, size: int, what: str) -> bytes:
-        left = len(self.data) - self.position
-        if size > left:
-            raise ConfigError(
-                f"{self.path}: {what} needs {size} bytes and {left} are left: damaged?"
-            )
-        self.position += size
-        return self.data[self.position - size : self.position]
-
-    def scalar(self, format: str, what: str) -> Any:
-        return struct.unpack("<" + format, self.take(struct.calcsize("<" + format), what))[0]
-
-    def string(self, what: str) -> str:
-        return self.take(self.scalar("Q", what), what).decode("utf-8", errors="replace")
-
-    def value(self, what: str) -> Any:
-        value_type = self.scalar("I", what)
-        if value_type in _SCALARS:
-            return self.scalar(_SCALARS[value_type], what)
-        if value_type == _STRING:
-            return self.string(what)
-        if value_type == _ARRAY:
-            return self.array(what)
-        raise ConfigError(f"{self.path}: {what} has unknown value type {value_type}: damaged?")
-
-    def array(self, what: str) -> Any:
-        item_type, count = self.scalar("I", what), self.scalar("Q", what)
-        if item_type in _SCALARS:
-            dtype = np.dtype("<" + _SCALARS[item_type])
-            return np.frombuffer(self.take(count * dtype.itemsize, what), dtype)
-        if item_type == _STRING:
-            # Ends with the file at the latest: an item takes eight bytes or more.
-            return [self.string(what) for _ in range(count)]
-        raise ConfigError(f"{self.path}: {what} is an array of type {item_type}: damaged?")
-
-
-def read(path: Path) -> GgufFile:
-    """Parses the header. Raises ConfigError naming the file and the field that is wrong."""
-    try:
-        with path.open("rb") as file:
-            if path.stat().st_size < 24 or file.read(4) != b"GGUF":
-                raise ConfigError(f"{path}: not a GGUF file")
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _parse(_Cursor(path, data))
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
-
-
-def _parse(cursor: _Cursor) -> GgufFile:
-    cursor.take(4, "magic")
-    version = cursor.scalar("I", "version")
-    if version not in (2, 3):
-        raise ConfigError(f"{cursor.path}: GGUF version {version}; 2 and 3 are supported")
-    tensor_count, entry_count = cursor.scalar("Q", "count"), cursor.scalar("Q", "count")
-    if max(tensor_count, entry_count) > _MOST_ENTRIES:
+def _rows(
+    file: GgufFile, name: str, whole: Tensor, parts: dict[str, int], pattern: str
+) -> dict[str, Tensor]:
+    """`whole` cut into `parts`, their names and numbers of rows."""
+    rows = sum(parts.values())
+    if len(whole.shape) != 2 or whole.shape[0] != rows:
         raise ConfigError(
-            f"{cursor.path}: {tensor_count} tensors and {entry_count} metadata entries: damaged?"
+            f"{file.path}: tensor {name!r} has shape {whole.shape}, expected {rows} rows: "
+            + " + ".join(f"{part} {count}" for part, count in parts.items())
         )
-    metadata: dict[str, Any] = {}
-    for _ in range(entry_count):
-        key = cursor.string("metadata key")
-        metadata[key] = cursor.value(f"metadata {key!r}")
-    found = dict(_tensor(cursor) for _ in range(tensor_count))
-    return GgufFile(cursor.path, metadata, _placed(cursor, metadata, found))
-
-
-def _tensor(cursor: _Cursor) -> tuple[str, tuple[int, tuple[int, ...], int]]:
-    """(name, (GGML type, shape, offset in the data section))."""
-    name = cursor.string("tensor name")
-    what = f"tensor {name!r}"
-    dimensions = cursor.scalar("I", what)
-    if not 1 <= dimensions <= 4:
-        raise ConfigError(f"{cursor.path}: {what} has {dimensions} dimensions: damaged?")
-    shape = tuple(cursor.scalar("Q", what) for _ in range(dimensions))[::-1]
-    if 0 in shape:
-        raise ConfigError(f"{cursor.path}: {what} has shape {shape}: damaged?")
-    return name, (cursor.scalar("I", what), shape, cursor.scalar("Q", what))
-
-
-def _placed(cursor: _Cursor, metadata: dict[str, Any], found: dict) -> dict[str, Tensor]:
-    """Where the tensors stand in the file, each checked to lie inside it."""
-    from gguf.constants import GGML_QUANT_SIZES
-
-    path, alignment = cursor.path, metadata.get("general.alignment", 32)
-    # A power of two up to 1 MiB: then start is near where the header ends.
-    if not isinstance(alignment, int) or alignment not in {1 << bit for bit in range(21)}:
-        raise ConfigError(f"{path}: general.alignment {alignment!r} is no power of two to 2**20")
-    start = -(-cursor.position // alignment) * alignment
-    tensors = {}
-    for name, (ggml_type, shape, offset) in found.items():
-        if ggml_type not in GGML_QUANT_SIZES:
-            raise ConfigError(f"{path}: tensor {name!r} has unknown GGML type {ggml_type}")
-        block, block_bytes = GGML_QUANT_SIZES[ggml_type]
-        elements = 1
-        for length in shape:
-            elements *= length  # Python integers: cannot overflow
-        size = elements // block * block_bytes
-        if shape[-1] % block or start + offset + size > len(cursor.data):
-            raise ConfigError(f"{path}: tensor {name!r} {shape} is not all in the file: damaged?")
-        tensors[name] = Tensor(ggml_type, shape, start + offset, size)
-    return tensors
-
-
-def decoder_config(file: GgufFile) -> DecoderConfig:
-    """The decoder's shape. Raises ConfigError for what is missing, impossible or not supported."""
-    if (architecture := file.get("general.architecture")) != "llama":
-        raise ConfigError(
-            f"{file.path}: architecture {architecture!r}; supported from GGUF: 'llama'"
-        )
-    scaling = file.metadata.get("llama.rope.scaling.type", "none")
-    if scaling != "none" or "rope_freqs.weight" in file.tensors:
-        raise ConfigError(f"{file.path}: RoPE scaling is not supported from GGUF")
-
-    def whole(key: str, most: int = 1 << 20) -> int:
-        return positive_int(file.get(key), f"{file.path}: metadata {key!r}", most)
-
-    def number(key: str) -> float:
-        return positive_float(file.get(key), f"{file.path}: metadata {key!r}")
-
-    d_model, heads = whole("llama.embedding_length"), whole("llama.attention.head_count")
-    if "llama.attention.key_length" in file.metadata:
-        head_dim = whole("llama.attention.key_length")
-    else:
-        head_dim = max(d_model // heads, 1)
-    rotated = file.metadata.get("llama.rope.dimension_count", head_dim)
-    if rotated != head_dim:
-        raise ConfigError(f"{file.path}: RoPE over {rotated} of {head_dim} dimensions")
-    return DecoderConfig(
-        vocab_size=file.find("token_embd.weight").shape[0],
-        layers=whole("llama.block_count"),
-        d_model=d_model,
-        d_ff=whole("llama.feed_forward_length"),
-        heads=heads,
-        kv_heads=whole("llama.attention.head_count_kv"),
-        head_dim=head_dim,
-        rope_theta=number("llama.rope.freq_base"),
-        norm_eps=number("llama.attention.layer_norm_rms_epsilon"),
-        tied_embeddings="output.weight" not in file.tensors,
-        max_positions=whole("llama.context_length", most=1 << 30),
-    )
+    found, offset = {}, whole.offset
+    for part, count in parts.items():
+        size = whole.size // rows * count
+        shape = (count, whole.shape[1])
+        found[pattern.format(part)] = Tensor(whole.ggml_type, shape, offset, size)
+        offset += size
+    return found
 
 
 def read_parameter(
     file: GgufFile, config: DecoderConfig, name: str, shape: tuple[int, ...]
 ) -> np.ndarray:
-    """Tensor `name` as float32 in the decoder's layout. Raises ConfigError as `GgufFile.read`."""
+    """Tensor `name` of `parameters_only` as float32 in the decoder's layout.
+
+    Raises ConfigError as `GgufFile.read`.
+    """
     array = file.read(name, shape)
-    heads = {"attn_q": config.heads, "attn_k": config.kv_heads}.get(name.split(".")[-2])
-    if heads is None:
+    if name.endswith("norm.weight") and config.norm_offset:
+        return array - np.float32(config.norm_offset)  # the file has them added
+    part = name.split(".")[-2]
+    heads = {"attn_q": config.heads, "attn_k": config.kv_heads}.get(part)
+    if config.family != "llama" or heads is None:
         return array
     # This architecture's q and k rows are stored for interleaved RoPE; ours is rotate-half.
     return array.reshape(heads, -1, 2, shape[1]).swapaxes(1, 2).reshape(shape)
+
+
+# Until `weights` calls `parameter_names`.
+PARAMETER_NAMES = parameter_names(
+    DecoderConfig(1, 1, 1, 1, 1, 1, 1, 1.0, 1.0, tied_embeddings=False, max_positions=1)
+)

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from persyn_jax.models import decoder
-from persyn_jax.models.decoder import WHOLE, Array, DecoderConfig, Layout, Params
+from persyn_jax.models.decoder import Array, DecoderConfig, Params
+from persyn_jax.models.layout import WHOLE, Layout
 from persyn_jax.models.recompute import Recompute
 
 CHUNK = 64
@@ -95,8 +96,8 @@ def response_log_likelihoods(
 ) -> jax.Array:
     """log p(response token | all before it in its conversation), float32 [B, R]; 0 where padded.
 
-    Logits exist for response tokens only, and for CHUNK of each row at a time. recompute: see
-    `decoder.hidden_states`.
+    Logits exist for response tokens only, and for CHUNK of each row at a time. recompute, layout:
+    see `decoder.hidden_states`.
     """
     chex.assert_equal_shape([rows.tokens, rows.positions, rows.segments])
     chex.assert_equal_shape([rows.predictors, rows.targets, rows.weights])
@@ -112,7 +113,9 @@ def response_log_likelihoods(
     head = {"head": {"kernel": decoder.head_kernel(params, layout)}}
     hidden_BRD = jnp.take_along_axis(hidden_BTD, rows.predictors[:, :, None], axis=1)
     chosen_BR = in_chunks(
-        lambda hidden_BrD, targets_Br: _chosen(decoder.logits(head, hidden_BrD), targets_Br),
+        lambda hidden_BrD, targets_Br: _chosen(
+            decoder.logits(head, hidden_BrD, config.final_softcap), targets_Br
+        ),
         hidden_BRD,
         rows.targets,
     )

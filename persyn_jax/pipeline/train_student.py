@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from persyn_jax import gossip
 from persyn_jax import mesh as meshes
+from persyn_jax.gossip import elastic
 from persyn_jax.gossip.theory import contraction
 from persyn_jax.models.decoder import Params
 from persyn_jax.models.rows import Conversation, Rows
@@ -229,19 +230,16 @@ def _first_state(
         return restored.state
     if restored is None:
         params_W = meshes.place_copies(params, all_workers(specs, mesh), workers)
-    else:
-        saved = meshes.read(restored.state, mesh)
-        weight_W = _sum_weights(saved.mix_state)
-        (params_W, opt_state), weight_W = gossip.resize(
-            (saved.params, saved.opt_state), weight_W, workers
-        )
-        params_W = meshes.place(params_W, all_workers(specs, mesh))
-    shapes = jax.eval_shape(start, params_W)
-    shardings = state_shardings(shapes, mesh, specs)
+        shardings = state_shardings(jax.eval_shape(start, params_W), mesh, specs)
+        return jax.jit(start, out_shardings=shardings, donate_argnums=(0,))(params_W)
+    saved = meshes.read(restored.state, mesh)
+    (own_params, opt_state), sum_weight_W = elastic.resize(
+        (saved.params, saved.opt_state), _sum_weights(saved.mix_state), workers
+    )
+    params_W = meshes.place(own_params, all_workers(specs, mesh))
+    shardings = state_shardings(jax.eval_shape(start, params_W), mesh, specs)
     state = jax.jit(start, out_shardings=shardings, donate_argnums=(0,))(params_W)
-    if restored is None:
-        return state
-    weights = meshes.place(weight_W, _sum_weights(shardings.mix_state))
+    weights = meshes.place(sum_weight_W, _sum_weights(shardings.mix_state))
     return replace(
         state,
         opt_state=meshes.place(opt_state, shardings.opt_state),

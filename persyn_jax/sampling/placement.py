@@ -77,4 +77,7 @@ class Placement:
 
 def _cut_axis(path: tuple) -> int | None:
     names = [getattr(key, "key", None) for key in path]
-    return next((_CUT_AXIS[name] for name in names if name in _CUT_AXIS), None)
+    axis = next((_CUT_AXIS[name] for name in names if name in _CUT_AXIS), None)
+    # Of an adapter, [r, in] and [out, r], only one factor has the axis that is cut.
+    whole = {0: "lora_a", 1: "lora_b"}
+    return None if axis is None or names[-1] == whole[axis] else axis

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from persyn_jax.models import decoder
+from persyn_jax.models.attention import AttentionRule, soft_capped
 from persyn_jax.models.decoder import Array, DecoderConfig, Params
 from persyn_jax.models.rows import in_chunks
 
@@ -98,16 +99,14 @@ def prefill(
     chex.assert_shape([rows.slot, rows.start, rows.length, rows.store], (R,))
     positions_RP = rows.start[:, None] + jnp.arange(P, dtype=jnp.int32)[None, :]
 
-    def attend(q_RPHE, k_RPKE, v_RPKE, memory):
+    def attend(q_RPHE, k_RPKE, v_RPKE, rule, memory):
         k_RPF, v_RPF = (chunk.reshape(R, P, -1) for chunk in (k_RPKE, v_RPKE))
         keys_SCF, values_SCF = (
             buffer.at[rows.slot[:, None], positions_RP].set(chunk, mode="drop")
             for buffer, chunk in zip(memory, (k_RPF, v_RPF), strict=True)
         )
         own_R = jnp.minimum(rows.slot, keys_SCF.shape[0] - 1)
-        out_RPHE = attend_to_cache(
-            q_RPHE, keys_SCF, values_SCF, config.kv_heads, positions_RP, own_R
-        )
+        out_RPHE = attend_to_cache(q_RPHE, keys_SCF, values_SCF, rule, positions_RP, own_R)
         return out_RPHE, (keys_SCF, values_SCF, k_RPF, v_RPF)
 
     hidden_RPD, memory = decoder.hidden_states(
@@ -118,7 +117,7 @@ def prefill(
         (pool_k.at[rows.store].set(k, mode="drop"), pool_v.at[rows.store].set(v, mode="drop"))
         for (pool_k, pool_v), (_, _, k, v) in zip(pool, memory, strict=True)
     )
-    logits_RV = decoder.logits(params, hidden_RPD[jnp.arange(R), rows.length - 1])
+    logits_RV = _logits(config, params, hidden_RPD[jnp.arange(R), rows.length - 1])
     return cache, pool, draw(logits_RV, rows.start + rows.length, sampling)
 
 
@@ -143,20 +142,18 @@ def decode(
     def one_step(carry, _):
         cache, token_S, position_S = carry
 
-        def attend(q_S1HE, k_S1KE, v_S1KE, memory):
+        def attend(q_S1HE, k_S1KE, v_S1KE, rule, memory):
             keys_SCF, values_SCF = (
                 buffer.at[slots_S, position_S].set(new.reshape(len(slots_S), -1), mode="drop")
                 for buffer, new in zip(memory, (k_S1KE, v_S1KE), strict=True)
             )
-            out_S1HE = attend_to_cache(
-                q_S1HE, keys_SCF, values_SCF, config.kv_heads, position_S[:, None]
-            )
+            out_S1HE = attend_to_cache(q_S1HE, keys_SCF, values_SCF, rule, position_S[:, None])
             return out_S1HE, (keys_SCF, values_SCF)
 
         hidden_S1D, cache = decoder.hidden_states(
             config, params, token_S[:, None], position_S[:, None], attend, cache
         )
-        logits_SV = decoder.logits(params, hidden_S1D[:, 0])
+        logits_SV = _logits(config, params, hidden_S1D[:, 0])
         drawn = draw(logits_SV, position_S + 1, sampling)
         return (cache, drawn.token, position_S + 1), drawn
 
@@ -164,11 +161,15 @@ def decode(
     return cache, drawn
 
 
+def _logits(config: DecoderConfig, params: Params, hidden: jax.Array) -> jax.Array:
+    return decoder.logits(params, hidden, config.final_softcap)
+
+
 def attend_to_cache(
     q_BTHE: jax.Array,
     keys_SCF: jax.Array,
     values_SCF: jax.Array,
-    kv_heads: int,
+    rule: AttentionRule,
     positions_BT: Array,
     slot_B: Array | None = None,
 ) -> jax.Array:
@@ -176,16 +177,18 @@ def attend_to_cache(
 
     slot_B: the slot each row looks at; None: row b looks at slot b.
 
-    The softmax is accumulated block by block (FlashAttention, arXiv 2205.14135), up to the last
-    position that any row asks about. So the cost follows what is in the cache and not its length,
-    and yet no row depends on how far the others go: a masked block leaves maximum, sum and output
-    as they are, bitwise. Positions past the cache belong to rows that are not in use.
+    The softmax is accumulated block by block (FlashAttention, arXiv 2205.14135), from the first to
+    the last position that any row asks about. So the cost follows what is in the cache, or in the
+    window, and not the cache's length, and yet no row depends on how far the others go: a masked
+    block leaves maximum, sum and output as they are, bitwise. Positions past the cache belong to
+    rows that are not in use.
     """
     B, T, H, E = q_BTHE.shape
-    C, K = keys_SCF.shape[1], kv_heads
+    C, K = keys_SCF.shape[1], keys_SCF.shape[2] // E
     block = cache_block(C)
     q_BKGTE = jnp.moveaxis(q_BTHE.reshape(B, T, K, H // K, E), 1, 3)
     last = jnp.max(jnp.where(positions_BT < C, positions_BT, 0))
+    first_block, oldest_BT = _window_start(rule, positions_BT, C, block, last)
 
     def part(buffer_SCF: jax.Array, start: jax.Array) -> jax.Array:
         piece_SNF = jax.lax.dynamic_slice_in_dim(buffer_SCF, start, block, axis=1)
@@ -198,8 +201,12 @@ def attend_to_cache(
         scores_BKGTN = jnp.einsum(
             "BKGTE,BNKE->BKGTN", q_BKGTE, k_BNKE, preferred_element_type=jnp.float32
         )
-        seen_BTN = index * block + jnp.arange(block)[None, None, :] <= positions_BT[:, :, None]
-        scores_BKGTN = jnp.where(seen_BTN[:, None, None], scores_BKGTN * E**-0.5, -jnp.inf)
+        place_11N = index * block + jnp.arange(block)[None, None, :]
+        seen_BTN = place_11N <= positions_BT[:, :, None]
+        if oldest_BT is not None:
+            seen_BTN &= place_11N >= oldest_BT[:, :, None]
+        scores_BKGTN = soft_capped(scores_BKGTN * rule.scale, rule.softcap)
+        scores_BKGTN = jnp.where(seen_BTN[:, None, None], scores_BKGTN, -jnp.inf)
         new_highest = jnp.maximum(highest, jnp.max(scores_BKGTN, axis=-1))
         shrink = jnp.exp(highest - new_highest)
         weights_BKGTN = jnp.exp(scores_BKGTN - new_highest[..., None])
@@ -215,12 +222,28 @@ def attend_to_cache(
             out_BKGTE * shrink[..., None] + mixed_BKGTE,
         )
 
-    # Every query sees position 0, so the first block makes the maximum finite.
+    # Finite, so that a block before a query's window adds exp(-inf) and not NaN.
     nothing = jnp.full((B, K, H // K, T), jnp.finfo(jnp.float32).min)
     carry = (nothing, jnp.zeros_like(nothing), jnp.zeros(q_BKGTE.shape, jnp.float32))
-    _, total, out_BKGTE = jax.lax.fori_loop(0, last // block + 1, add_block, carry)
+    _, total, out_BKGTE = jax.lax.fori_loop(first_block, last // block + 1, add_block, carry)
     out_BTKGE = jnp.moveaxis(out_BKGTE / total[..., None], 3, 1)
     return out_BTKGE.reshape(B, T, H, E).astype(q_BTHE.dtype)
+
+
+def _window_start(
+    rule: AttentionRule, positions_BT: Array, length: int, block: int, last: jax.Array
+) -> tuple[int | jax.Array, jax.Array | None]:
+    """The first block that any row looks at, and the first position that each query sees.
+
+    Without a window these are 0 and None. Rows that are not in use look at all there is: something
+    is always seen, so nobody divides by 0.
+    """
+    if rule.window is None or (isinstance(rule.window, int) and rule.window >= length):
+        return 0, None
+    in_use_BT = positions_BT < length
+    oldest_BT = jnp.where(in_use_BT, jnp.maximum(positions_BT - rule.window + 1, 0), 0)
+    first = jnp.min(jnp.where(in_use_BT, oldest_BT, last))
+    return first // block, oldest_BT
 
 
 def cache_block(length: int) -> int:
@@ -242,7 +265,7 @@ def score(config: DecoderConfig, params: Params, tokens_BT: Array, length_B: Arr
     alternatives = min(ALTERNATIVES, config.vocab_size)
 
     def told(hidden_BRD: jax.Array, targets_BR: Array) -> Tokens:
-        logits_NV = decoder.logits(params, hidden_BRD).reshape(-1, config.vocab_size)
+        logits_NV = _logits(config, params, hidden_BRD).reshape(-1, config.vocab_size)
         tokens = likelihoods(logits_NV, targets_BR.reshape(-1), alternatives)
         return jax.tree.map(lambda leaf: leaf.reshape(B, -1, *leaf.shape[1:]), tokens)
 

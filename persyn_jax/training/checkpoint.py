@@ -181,12 +181,11 @@ def _hashes(checkpoint: Path) -> dict[str, str]:
 def _damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
-        expected = json.loads(_manifest(checkpoint).read_bytes())["sha256"]
-        segments = json.loads(_manifest(checkpoint).read_bytes())["segments"]
-        readable = isinstance(expected, dict) and segments and len(segments[-1]) == 2
+        manifest = json.loads(_manifest(checkpoint).read_bytes())
+        expected, segments = dict(manifest["sha256"]), [Segment(*v) for v in manifest["segments"]]
     except (ValueError, KeyError, TypeError):
-        readable = False
-    if not readable:
+        expected, segments = {}, []
+    if not segments:
         return f"{_manifest(checkpoint)} is not readable"
     found = _hashes(checkpoint)
     for name in sorted(expected.keys() | found.keys()):

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from persyn_jax.models import router, rows
-from persyn_jax.models.decoder import WHOLE, Array, DecoderConfig, Layout, Params
+from persyn_jax.models.decoder import Array, DecoderConfig, Params
+from persyn_jax.models.layout import WHOLE, Layout
 from persyn_jax.models.recompute import Recompute
 from persyn_jax.models.rows import Rows
 

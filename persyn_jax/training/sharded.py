@@ -23,8 +23,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from persyn_jax.config import ConfigError
 from persyn_jax.gossip import MixingTransformation, Round
-from persyn_jax.mesh import FSDP, TENSOR, WORKER
-from persyn_jax.models.decoder import GATHERED, WHOLE, DecoderConfig, Layout, Params
+from persyn_jax.mesh import FSDP, TENSOR, WORKER, per_worker
+from persyn_jax.models.decoder import DecoderConfig, Params
+from persyn_jax.models.layout import GATHERED, WHOLE, Layout
 from persyn_jax.training.step import (
     LossFunction,
     StepMetrics,
@@ -64,7 +65,7 @@ def parameter_specs(shapes: Params, mesh: Mesh) -> Params:
     """
 
     def spec(path, leaf) -> PartitionSpec:
-        names = [getattr(key, "key", None) for key in path]
+        names = [str(getattr(key, "key", "")) for key in path]
         return _spec(names[-2], names[-1], leaf.shape, mesh.shape[FSDP], mesh.shape[TENSOR])
 
     return jax.tree_util.tree_map_with_path(spec, shapes)
@@ -236,7 +237,7 @@ def sharded_mixing(mixing: MixingTransformation, mesh: Mesh, specs: Params):
     """`mixing.update` of all workers at once: their updates, state, parameters and the round."""
     params_W = _all_workers(specs)
 
-    def mix(updates: Params, mix_state: Any, params: Params, round: Round):
+    def mix(updates: Any, mix_state: Any, params: Any, round: Round):
         own_state, own_params = _shapes_of_one((mix_state, params))
         state_W = _all_workers(specs_like(own_state, own_params, specs))
         # A round that is known while the program is traced must stay so; another is an argument.
@@ -244,8 +245,8 @@ def sharded_mixing(mixing: MixingTransformation, mesh: Mesh, specs: Params):
 
         def one_chip(updates, mix_state, params, *rounds):
             (own_round,) = rounds or (round,)
-            own = _own((updates, mix_state, params))
-            return _row(mixing.update(*own, own_round))
+            updates, mix_state, params = _own((updates, mix_state, params))
+            return _row(mixing.update(updates, mix_state, params, own_round))
 
         return jax.shard_map(
             one_chip,
@@ -274,8 +275,8 @@ def sharded_losses(loss: LossFunction, mesh: Mesh, specs: Params):
 
 
 def on_sharded_mesh(step: TrainStep, mesh: Mesh, state: TrainState, specs: Params):
-    """`step` compiled, its state donated and laid out as `state_shardings` says, metrics whole."""
-    shardings = state_shardings(state, mesh, specs), NamedSharding(mesh, PartitionSpec())
+    """`step` compiled, its state donated and laid out as `state_shardings` says."""
+    shardings = state_shardings(state, mesh, specs), per_worker(mesh)
     return jax.jit(step, out_shardings=shardings, donate_argnums=(0,))
 
 

@@ -28,6 +28,7 @@ from persyn_jax.training.config import TrainConfig
 MODEL = dataclasses.replace(RANDOM_TINY, layers=1)
 PARAMS = jax.eval_shape(lambda: decoder.init(MODEL, jax.random.key(0)))
 SIZE = sum(leaf.size for leaf in jax.tree.leaves(PARAMS))
+NORMS = 3 * MODEL.d_model  # of one layer and the last; small, so whole on every chip
 LEAVES = len(jax.tree.leaves(PARAMS))
 
 
@@ -102,16 +103,17 @@ def test_a_sharded_worker_gathers_inside_itself_and_sends_its_parts(sharded):
 
 
 def test_what_is_sent_in_a_round_is_one_model_however_it_is_sharded(whole, sharded):
-    for report in (whole["bank"], sharded["bank"]):
-        assert (report.sent_between_workers, report.sent_between_slices) == (4 * SIZE, 0)
+    for report, copies in ((whole["bank"], 1), (sharded["bank"], 4)):
+        sent = 4 * (SIZE + (copies - 1) * NORMS)
+        assert (report.sent_between_workers, report.sent_between_slices) == (sent, 0)
     assert whole["all-reduce"].sent_between_workers == 2 * 3 / 4 * 4 * SIZE
 
 
 def test_parameters_that_cannot_be_cut_are_counted_and_sent_by_every_chip():
     model = dataclasses.replace(MODEL, vocab_size=259)
     cut, by_3 = wire(model, a_mesh(2, 2)), wire(model, a_mesh(3, 1))
-    assert (cut.parameters, cut.leaves, cut.whole) == (SIZE, LEAVES, 0)
-    assert cut.sent_bytes == 4 * SIZE
+    assert (cut.parameters, cut.leaves, cut.whole) == (SIZE, LEAVES, NORMS)
+    assert cut.sent_bytes == 4 * (SIZE + 3 * NORMS)
     assert 0 < by_3.whole <= SIZE
     assert by_3.sent_bytes == 4 * (SIZE + 2 * by_3.whole)
 

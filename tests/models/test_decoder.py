@@ -99,8 +99,8 @@ def test_each_layer_gets_its_own_memory_and_its_new_one_comes_back():
     params = decoder.unroll(numpy_llama.random_params(config, seed=4))
     causally = decoder.attend_causally(np.ones_like(TOKENS_BT))
 
-    def attend(q, k, v, memory):
-        return causally(q, k, v, None)[0], (memory + 1, k)
+    def attend(q, k, v, rule, memory):
+        return causally(q, k, v, rule, None)[0], (memory + 1, k)
 
     @jax.jit
     def run(memory):

@@ -58,3 +58,15 @@ def test_messages_that_the_template_refuses_are_bad_input():
 def test_half_a_surrogate_pair_is_bad_input():
     with pytest.raises(ConfigError, match="not valid Unicode"):
         tokenizer.prompt_ids(TOK, [{"role": "user", "content": "\ud83d"}])
+
+
+def test_a_template_of_ones_own_takes_the_place_of_a_folders(tmp_path):
+    TOK.save_pretrained(tmp_path)
+    messages = [{"role": "user", "content": "x"}]
+    mine = tokenizer.load_folder(tmp_path, "{{ messages[0].content }}!")
+    assert tokenizer.render_chat(mine, messages) == "x!"
+    (tmp_path / "chat_template.jinja").unlink()
+    assert tokenizer.render_chat(tokenizer.load_folder(tmp_path, "mine"), messages) == "mine"
+    with pytest.raises(ConfigError, match=r"needs a chat template .* `chat_template`"):
+        tokenizer.load_folder(tmp_path)
+    assert tokenizer.render_chat(tokenizer.byte_level("bytes"), messages) == "bytes"

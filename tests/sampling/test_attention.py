@@ -6,10 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from persyn_jax.models.attention import AttentionRule
 from persyn_jax.sampling.programs import attend_to_cache, cache_block
 
 S, C, K, G, E = 3, 384, 2, 3, 8  # three blocks of 128
 ATTEND = jax.jit(attend_to_cache, static_argnums=3)
+RULE = AttentionRule(E**-0.5)
 positions = st.integers(0, C - 1)
 
 
@@ -31,7 +33,7 @@ def test_it_is_attention_to_what_came_before(seed, places):
         q_BTHE, keys_SCKE[slot_B], values_SCKE[slot_B], mask=mask_B1TC
     )
     keys_SCF, values_SCF = (array.reshape(S, C, -1) for array in (keys_SCKE, values_SCKE))
-    actual = ATTEND(q_BTHE, keys_SCF, values_SCF, K, positions_BT, slot_B)
+    actual = ATTEND(q_BTHE, keys_SCF, values_SCF, RULE, positions_BT, slot_B)
     np.testing.assert_allclose(actual, expected, atol=2e-6)
 
 
@@ -44,7 +46,7 @@ def test_a_row_is_bitwise_the_same_beside_any_others(seed, own, others):
 
     def row_0(others):
         positions_BT = np.array([[own], *[[place] for place in others]], np.int32)
-        return np.asarray(ATTEND(q_BTHE, keys_SCF, values_SCF, K, positions_BT))[0]
+        return np.asarray(ATTEND(q_BTHE, keys_SCF, values_SCF, RULE, positions_BT))[0]
 
     np.testing.assert_array_equal(row_0(others), row_0([C, C]))
 

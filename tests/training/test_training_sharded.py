@@ -52,7 +52,7 @@ def batches_of(workers, count):
 
 
 def train(
-    mesh_shape, batches, rule=gossip.gosgd, recompute=False, optimiser=CLIPPED, params=PARAMS
+    mesh_shape, batches, rule=gossip.gosgd, recompute="nothing", optimiser=CLIPPED, params=PARAMS
 ):
     """(metrics of every step, the last state, programs compiled)"""
     mesh = make_mesh(*mesh_shape)
@@ -95,7 +95,7 @@ def test_a_device_a_worker_is_the_plain_step(whole):
     metrics, state, programs = whole
     schedule = gossip.gosgd_schedule(2, ROUNDS, 0.7, seed=2)
     mixing = gossip.gosgd(gossip.Exchange(schedule.bank, WORKER))
-    loss = functools.partial(response_loss, MODEL, False)
+    loss = functools.partial(response_loss, MODEL, "nothing")
     step = make_train_step(loss, CLIPPED, mixing)
     step = jax.jit(jax.vmap(step, in_axes=(0, 0, None), axis_name=WORKER))
     stacked = jax.tree.map(lambda leaf: np.stack([leaf] * 2), PARAMS)
@@ -112,7 +112,7 @@ def test_a_device_a_worker_is_the_plain_step(whole):
 
 @pytest.mark.parametrize(
     ("inner", "recompute"),
-    [((4, 1), False), ((1, 2), False), ((2, 2), True)],
+    [((4, 1), "nothing"), ((1, 2), "dots"), ((2, 2), "layers")],
 )
 def test_a_spread_worker_steps_as_a_whole_one(whole, inner, recompute):
     """Losses, tokens and gradient norms of every step; sums run in another order, so not bitwise.
@@ -170,7 +170,7 @@ def test_a_round_that_is_known_at_compile_time_stays_so():
     schedule = gossip.gosgd_schedule(2, ROUNDS, 1.0, seed=2)
     mixing = gossip.d_psgd(gossip.Exchange(schedule.bank, WORKER, INNER_AXES))
     specs = parameter_specs(PARAMS, mesh)
-    loss = functools.partial(response_loss, MODEL, False, layout=chip_layout(specs, mesh))
+    loss = functools.partial(response_loss, MODEL, "nothing", layout=chip_layout(specs, mesh))
     step = make_sharded_step(loss, CLIPPED, mixing, mesh, specs)
     stacked = jax.tree.map(lambda leaf: np.stack([leaf] * 2), PARAMS)
     state = jax.vmap(lambda params: init_state(params, CLIPPED, mixing))(stacked)

@@ -188,7 +188,7 @@ def _digest(tree: Any) -> str:
 
 
 def child_command() -> list[str]:
-    return [sys.executable, "-m", "persyn_jax.bench.resume_check"]
+    return [sys.executable, "-m", "persyn_jax.pipeline.resume_check"]
 
 
 if __name__ == "__main__":
