@@ -10,7 +10,13 @@ those of `summary` in persyn_jax/bench/check_pod.py.
 
 from pathlib import Path
 
-from persyn_jax.pipeline.command import end_with_one_line, make_parser, print_summary
+from persyn_jax.pipeline.command import (
+    add_processes,
+    end_with_one_line,
+    make_parser,
+    print_summary,
+    start_processes,
+)
 
 CONFIG = Path(__file__).parents[1] / "configs" / "check_pod.yaml"
 QUICK = ("rounds=60", "dimension=512", "steps=3", "layers=1", "width=32", "row_tokens=16")
@@ -20,12 +26,7 @@ def main() -> None:
     parser = make_parser("Checks gossip on the devices that are there.", CONFIG)
     parser.add_argument("--platform", help="the same as the override platform=NAME")
     parser.add_argument("--quick", action="store_true", help="a minute, for a first look")
-    parser.add_argument(
-        "--distributed", action="store_true", help="several processes, which JAX finds by itself"
-    )
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="of several processes")
-    parser.add_argument("--processes", type=int, help="how many there are")
-    parser.add_argument("--process", type=int, help="which one this is, from 0 on")
+    add_processes(parser)
     arguments = parser.parse_intermixed_args()
     overrides = [*QUICK * arguments.quick, *arguments.overrides]
     if arguments.platform is not None:
@@ -35,17 +36,11 @@ def main() -> None:
     from persyn_jax.pipeline.progress import say
 
     loaded = config.load(check_pod.CheckPodConfig, arguments.config, overrides)
-    import jax
-
-    try:
-        if arguments.distributed or arguments.coordinator:
-            jax.distributed.initialize(
-                arguments.coordinator, arguments.processes, arguments.process
-            )
-    except ValueError as error:
-        raise config.ConfigError(f"the other processes are not to be found: {error}") from None
+    start_processes(arguments)
     mesh.start_platform(loaded.platform, loaded.host_devices if loaded.platform == "cpu" else 1)
     workers = check_pod.all_workers()
+    import jax
+
     is_first, checks = jax.process_index() == 0, []
     for check in check_pod.run_checks(loaded, workers):
         checks.append(check)

@@ -46,7 +46,7 @@ def main() -> None:
     if arguments.corpus is not None and not arguments.corpus.is_dir():
         raise ConfigError(f"--corpus {arguments.corpus}: no such folder")
     try:
-        import atheris
+        import atheris  # pyrefly: ignore[missing-import]
     except ImportError:
         raise ConfigError("atheris is not installed: pip install atheris") from None
     with atheris.instrument_imports(include=["persyn_jax"]):

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from pydantic import Field
 
 from persyn_jax import gossip
@@ -122,14 +122,14 @@ def check_exchange(config: CheckPodConfig, workers: Workers) -> Iterator[Check]:
     assert isinstance(bank, gossip.Bank)
     draw = numpy_stream(config.seed, "pod payload")
     payload_WN = draw.integers(2**32, size=(workers.count, 1024), dtype=np.uint32)
-    payload = place(payload_WN, meshes.per_worker(workers.mesh))
+    payload = meshes.place(payload_WN, meshes.per_worker(workers.mesh))
     send = everywhere(
         lambda bits_N, branch: gossip.receive(bits_N, branch, bank, WORKER), (0, None), workers
     )
     wrong = 0
     for branch in range(bank.branches):
-        received = send(payload, place(np.int32(branch), meshes.replicated(workers.mesh)))
-        is_wrong_WN = read(received, workers.mesh) != payload_WN[bank.senders_BW[branch]]
+        received = send(payload, meshes.place(np.int32(branch), meshes.replicated(workers.mesh)))
+        is_wrong_WN = meshes.read(received, workers.mesh) != payload_WN[bank.senders_BW[branch]]
         wrong += int(is_wrong_WN.any(axis=1).sum())
     yield Check("messages that differ from NumPy's permutation", "0", wrong, wrong == 0)
     programs = compiled_programs(send)
@@ -222,14 +222,16 @@ def gossip_program(
         return x_N, weight_T, distance_T
 
     row, whole = meshes.per_worker(workers.mesh), meshes.replicated(workers.mesh)
-    table = place(schedule.table(), whole)
+    table = meshes.place(schedule.table(), whole)
     start = everywhere(mixing.init, (0,), workers)
     compiled = everywhere(all_rounds, (0, 0, None, None), workers)
 
     def run(start_WN: np.ndarray, noise: float) -> GossipRun:
-        x_WN = place(start_WN, row)
-        results = compiled(x_WN, start(x_WN), place(np.float32(noise), whole), table)
-        params_WN, weight_WT, distance_WT = (read(result, workers.mesh) for result in results)
+        x_WN = meshes.place(start_WN, row)
+        results = compiled(x_WN, start(x_WN), meshes.place(np.float32(noise), whole), table)
+        params_WN, weight_WT, distance_WT = (
+            meshes.read(result, workers.mesh) for result in results
+        )
         return GossipRun(params_WN, weight_WT, distance_WT[0])
 
     return run
@@ -258,7 +260,7 @@ def time_steps(config: CheckPodConfig, workers: Workers) -> list[StepTime]:
     exchange = gossip.Exchange(schedule.bank, WORKER)
     optimiser = make_optimiser(OptimiserConfig(), rounds)
     loss = functools.partial(response_loss, model, "nothing")
-    batch = place(_batch(config, workers.count, model), meshes.per_worker(workers.mesh))
+    batch = meshes.place(_batch(config, workers.count, model), meshes.per_worker(workers.mesh))
     key = jax_stream(config.seed, "pod decoder")
     params = everywhere(lambda _: decoder.init(model, key), (0,), workers)(batch)
     steps, states, seconds = {}, {}, {}
@@ -270,13 +272,13 @@ def time_steps(config: CheckPodConfig, workers: Workers) -> list[StepTime]:
         steps[name] = everywhere(train_step, (0, 0, None), workers, donate=True)
         seconds[name] = []
     for number in range(rounds):
-        any_round = place(schedule.round(number), meshes.replicated(workers.mesh))
+        any_round = meshes.place(schedule.round(number), meshes.replicated(workers.mesh))
         for name in RULES:
             began = time.perf_counter()
             states[name], metrics = steps[name](states[name], batch, any_round)
             jax.block_until_ready(states[name])
             seconds[name].append(time.perf_counter() - began)
-            if not np.isfinite(read(metrics.loss, workers.mesh)).all():
+            if not np.isfinite(meshes.read(metrics.loss, workers.mesh)).all():
                 raise FloatingPointError(f"{name}: the loss of step {number} is not finite")
     medians = {name: median(times[WARM_UP:]) for name, times in seconds.items()}
     return [
@@ -323,26 +325,6 @@ def everywhere(
         mapped = jax.vmap(function, tuple(in_axes), axis_name=WORKER)
         return jax.jit(mapped, donate_argnums=(0,) if donate else ())
     return on_mesh(function, workers.mesh, in_axes, donate)
-
-
-def place(tree: Any, sharding: NamedSharding) -> Any:
-    """NumPy arrays, the same on every process, as arrays of all devices."""
-
-    def place_leaf(leaf):
-        array = np.asarray(leaf, jax.dtypes.canonicalize_dtype(np.asarray(leaf).dtype))
-        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-
-    return jax.tree.map(place_leaf, tree)
-
-
-def read(array: jax.Array, mesh: Mesh) -> np.ndarray:
-    """All of an array, on every process."""
-    return np.asarray(_gather_to_all(mesh)(array))
-
-
-@functools.cache
-def _gather_to_all(mesh: Mesh) -> jax.stages.Wrapped:
-    return jax.jit(lambda array: array, out_shardings=meshes.replicated(mesh))
 
 
 def _per_round(distance_T: np.ndarray, last: int) -> float:

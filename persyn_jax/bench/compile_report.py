@@ -13,16 +13,22 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from persyn_jax.bench.hlo import KINDS, LINKS, Collective
-from persyn_jax.bench.pod_programs import ALL_REDUCE, Compiled, Program, compile_program
+from persyn_jax.bench.pod_programs import (
+    ALL_REDUCE,
+    Compiled,
+    Program,
+    chips_per_worker,
+    compile_program,
+    parameter_shapes,
+)
 from persyn_jax.bench.pod_shapes import PodShape
-from persyn_jax.bench.sharded_step import Shards, shard_shape, shard_spec, shards_of
 from persyn_jax.gossip.costs import LinkModel, costs, verdict
-from persyn_jax.models import decoder
 from persyn_jax.models.decoder import DecoderConfig
 from persyn_jax.training.config import TrainConfig
+from persyn_jax.training.sharded import parameter_specs
 
 INSIDE, WORKERS, SLICES = LINKS
 NAME_WIDTH, CELL_WIDTH = 36, 15
@@ -100,25 +106,31 @@ class Wire(NamedTuple):
     """Parameters that every chip of the worker holds."""
 
 
-def wire(model: DecoderConfig, shards: Shards) -> Wire:
-    """shards: the chips of a worker, along `fsdp` and `tensor`."""
-    leaves = jax.tree.leaves(jax.eval_shape(lambda: decoder.init(model, jax.random.key(0))))
-    parts = [(leaf, shard_shape(leaf.shape, shards)) for leaf in leaves]
-    sent = [math.prod(shards) * math.prod(part) * leaf.dtype.itemsize for leaf, part in parts]
+def wire(model: DecoderConfig, mesh: Mesh) -> Wire:
+    """How a worker of this mesh sends its parameters."""
+    shapes = parameter_shapes(model)
+    leaves = jax.tree.leaves(shapes)
+    specs = jax.tree.leaves(
+        parameter_specs(shapes, mesh), is_leaf=lambda value: isinstance(value, PartitionSpec)
+    )
+    parts = [
+        NamedSharding(mesh, spec).shard_shape(leaf.shape)
+        for leaf, spec in zip(leaves, specs, strict=True)
+    ]
+    sent = [math.prod(part) * leaf.dtype.itemsize for leaf, part in zip(leaves, parts, strict=True)]
+    groups = {
+        (leaf.dtype, part[1:][-1:], frozenset(jax.tree.leaves(tuple(spec))))
+        for leaf, part, spec in zip(leaves, parts, specs, strict=True)
+    }
     return Wire(
         parameters=sum(leaf.size for leaf in leaves),
         leaves=len(leaves),
-        groups=len(
-            {(leaf.dtype, part[1:][-1:], _axes(leaf.shape, shards)) for leaf, part in parts}
+        groups=len(groups),
+        sent_bytes=chips_per_worker(mesh) * sum(sent),
+        whole=sum(
+            leaf.size for leaf, part in zip(leaves, parts, strict=True) if part == leaf.shape
         ),
-        sent_bytes=sum(sent),
-        whole=sum(leaf.size for leaf, part in parts if part == leaf.shape),
     )
-
-
-def _axes(shape: tuple[int, ...], shards: Shards) -> frozenset:
-    """The axes of the mesh that an array is cut along."""
-    return frozenset(names for names in shard_spec(shape, shards) if names)
 
 
 def report_program(
@@ -130,7 +142,7 @@ def report_program(
 ) -> ProgramReport:
     """Compiles and reports."""
     compiled = compile_program(program, model, config, mesh)
-    sent = wire(model, shards_of(mesh))
+    sent = wire(model, mesh)
     price = costs(program.schedule, sent.sent_bytes, links)
     judged = verdict(program.schedule, sent.sent_bytes, links)
     exchanges = [one for one in compiled.collectives if one.link != INSIDE]

@@ -130,11 +130,19 @@ def _link(text: str, chips_per_worker: int) -> str:
     return LINKS[0]
 
 
+_MESH_GROUPS = re.compile(
+    r"replica_groups=mesh\[(?P<sizes>(?:'\w+'=\d+,?)+)\]"
+    r"(?:, device_ids=\(\[(?P<shape>[\d,]+)\](?:T\((?P<turned>[\d,]+)\))?\))?"
+    r" \{(?P<within>(?:'\w+',?)*)\}"
+)
+
+
 def _device_groups(text: str) -> list[list[int]]:
     """The devices that each group, or each pair of a permutation, connects.
 
     They are written out, `{{0,1},{2,3}}`; or as all devices, reshaped, transposed and dealt to
-    groups, `[4,2]<=[2,4]T(1,0)`; or by axes of the mesh, `mesh['a'=2,'b'=4] {'a'}`.
+    groups, `[4,2]<=[2,4]T(1,0)`; or by axes of the mesh, `mesh['a'=2,'b'=4] {'a'}`, whose devices
+    may be reshaped and transposed too, `mesh['a'=2,'b'=4], device_ids=([2,4]T(1,0)) {'a'}`.
     """
     if match := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}", text):
         return [_integers(group) for group in re.findall(r"\{([\d,]*)\}", match[1])]
@@ -142,13 +150,16 @@ def _device_groups(text: str) -> list[list[int]]:
         groups, shape, order = map(_integers, match.groups(default=""))
         devices = np.arange(math.prod(shape)).reshape(shape)
         return devices.transpose(order or None).reshape(groups).tolist()
-    if match := re.search(r"replica_groups=mesh\[((?:'\w+'=\d+,?)+)\] \{((?:'\w+',?)*)\}", text):
-        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
-        within = re.findall(r"'(\w+)'", match[2])
+    if match := _MESH_GROUPS.search(text):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match["sizes"])}
+        within = re.findall(r"'(\w+)'", match["within"])
         order = [list(sizes).index(name) for name in [n for n in sizes if n not in within] + within]
-        devices = np.arange(math.prod(sizes.values())).reshape(*sizes.values())
+        devices = np.arange(math.prod(sizes.values()))
+        if match["shape"]:
+            devices = devices.reshape(_integers(match["shape"]))
+            devices = devices.transpose(_integers(match["turned"] or "") or None)
         size = math.prod(sizes[name] for name in within)
-        return devices.transpose(order).reshape(-1, size).tolist()
+        return devices.reshape(*sizes.values()).transpose(order).reshape(-1, size).tolist()
     raise ValueError(f"a collective whose devices cannot be read: {text[:200]}")
 
 

@@ -10,19 +10,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from persyn_jax import gossip
 from persyn_jax import mesh as meshes
 from persyn_jax.bench.hlo import Collective, collectives
-from persyn_jax.bench.sharded_step import (
-    INNER_AXES,
-    on_sharded_mesh,
-    sharded_loss,
-    sharded_mixing,
-    shards_of,
-    state_shardings,
-)
 from persyn_jax.config import ConfigError
 from persyn_jax.gossip import topologies
 from persyn_jax.models import decoder, rows
@@ -30,13 +22,16 @@ from persyn_jax.models.decoder import DecoderConfig
 from persyn_jax.training.config import TrainConfig
 from persyn_jax.training.losses import response_loss
 from persyn_jax.training.optimisers import make_optimiser
-from persyn_jax.training.step import (
-    TrainStep,
-    init_state,
-    make_train_step,
-    on_mesh,
-    placed_shapes,
+from persyn_jax.training.sharded import (
+    INNER_AXES,
+    batch_spec,
+    chip_layout,
+    make_sharded_step,
+    on_sharded_mesh,
+    parameter_specs,
+    state_shardings,
 )
+from persyn_jax.training.step import TrainStep, init_state, placed_shapes
 
 DRAWN_ROUNDS = 64
 """Of random schedules: what they cost is averaged over so many."""
@@ -129,10 +124,7 @@ def programs(schedule: str, workers: int, with_cycle: bool) -> list[Program]:
 def compile_program(
     program: Program, model: DecoderConfig, config: TrainConfig, mesh: Mesh
 ) -> Compiled:
-    """Compiles the train step of `training` for the mesh, from shapes alone.
-
-    With a device a worker it is what `train_student` runs. With more, `sharded_step` lays it out.
-    """
+    """Compiles the train step of `training` for the mesh, from shapes alone."""
     lowered = _lower(program, model, config, mesh)
     started = time.monotonic()
     compiled = lowered.compile()
@@ -141,7 +133,7 @@ def compile_program(
     assert text is not None, "every XLA back end has it"
     assert memory is not None, "every XLA back end has it"
     return Compiled(
-        collectives=collectives(text, math.prod(shards_of(mesh))),
+        collectives=collectives(text, chips_per_worker(mesh)),
         permutes_written=lowered.as_text().count("stablehlo.collective_permute"),
         code_bytes=memory.generated_code_size_in_bytes,
         argument_bytes=memory.argument_size_in_bytes,
@@ -151,18 +143,20 @@ def compile_program(
     )
 
 
+def chips_per_worker(mesh: Mesh) -> int:
+    return math.prod(mesh.shape[axis] for axis in INNER_AXES)
+
+
 def _lower(
     program: Program, model: DecoderConfig, config: TrainConfig, mesh: Mesh
 ) -> jax.stages.Lowered:
-    shards = shards_of(mesh)
-    is_sharded = math.prod(shards) > 1
-    inner_axes = INNER_AXES if is_sharded else ()
-    exchange = gossip.Exchange(program.schedule.bank, meshes.WORKER, inner_axes)
+    exchange = gossip.Exchange(program.schedule.bank, meshes.WORKER, INNER_AXES)
     mixing, optimiser = program.rule(exchange), make_optimiser(config.optimiser, steps=1)
-    loss = functools.partial(response_loss, model, config.recompute)
-    if is_sharded:
-        loss, mixing = sharded_loss(loss, shards), sharded_mixing(mixing, shards)
-    step = make_train_step(loss, optimiser, mixing)
+    specs = parameter_specs(parameter_shapes(model), mesh)
+    loss = functools.partial(
+        response_loss, model, config.recompute, layout=chip_layout(specs, mesh)
+    )
+    step = make_sharded_step(loss, optimiser, mixing, mesh, specs)
     if program.is_unrolled:
         step = _unrolled(step, program.schedule)
 
@@ -172,27 +166,27 @@ def _lower(
     workers = jax.ShapeDtypeStruct((mesh.shape[meshes.WORKER],), np.int32)
     state = jax.eval_shape(jax.vmap(start), workers)
     any_round = jax.eval_shape(lambda row: row, program.schedule.round(0))
-    if is_sharded:
-        compilable = on_sharded_mesh(step, mesh, state)
-    else:
-        compilable = on_mesh(step, mesh, (0, 0, None), donate=True)
-    return compilable.lower(
-        jax.tree.map(placed_shapes, state, state_shardings(state, mesh)),
+    return on_sharded_mesh(step, mesh, state, specs).lower(
+        jax.tree.map(placed_shapes, state, state_shardings(state, mesh, specs)),
         _batch_shapes(program, config, mesh),
         placed_shapes(any_round, meshes.replicated(mesh)),
     )
 
 
+def parameter_shapes(model: DecoderConfig) -> decoder.Params:
+    return jax.eval_shape(lambda: decoder.init(model, jax.random.key(0)))
+
+
 def _unrolled(step: TrainStep, schedule: gossip.Schedule) -> TrainStep:
-    """As many steps as the schedule has rounds; the leaves of batch and metrics lead with them."""
+    """As many steps as the schedule has rounds; batch and metrics have them as their axis 1."""
 
     def steps(state, batches, _):
         taken = []
         for t in range(schedule.rounds):
-            batch = jax.tree.map(lambda leaf, t=t: leaf[t], batches)
+            batch = jax.tree.map(lambda leaf, t=t: leaf[:, t], batches)
             state, metrics = step(state, batch, schedule.round(t))
             taken.append(metrics)
-        return state, jax.tree.map(lambda *leaves: jnp.stack(leaves), *taken)
+        return state, jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *taken)
 
     return steps
 
@@ -202,15 +196,14 @@ def _delayed(rule: Rule) -> Rule:
 
 
 def _batch_shapes(program: Program, config: TrainConfig, mesh: Mesh) -> rows.Rows:
-    """A batch of all workers (of each round, if they are unrolled): every chip has its own rows."""
-    workers, chips = mesh.shape[meshes.WORKER], math.prod(shards_of(mesh))
-    empty = rows.pack([[]] * config.rows * chips, config.row_tokens, config.row_response_tokens)
+    """A batch of all workers (of each round, if they are unrolled): each chip along `fsdp` has
+    `training.rows` rows."""
+    count = config.rows * mesh.shape[meshes.FSDP]
+    empty = rows.pack([[]] * count, config.row_tokens, config.row_response_tokens)
     rounds = (program.schedule.rounds,) if program.is_unrolled else ()
-    inner = (INNER_AXES,) if chips > 1 else ()
-    sharding = NamedSharding(mesh, PartitionSpec(meshes.WORKER, *(None for _ in rounds), *inner))
+    sharding = NamedSharding(mesh, batch_spec(mesh, leading=len(rounds)))
+    shape = (mesh.shape[meshes.WORKER], *rounds)
     return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(
-            (workers, *rounds, *leaf.shape), leaf.dtype, sharding=sharding
-        ),
+        lambda leaf: jax.ShapeDtypeStruct((*shape, *leaf.shape), leaf.dtype, sharding=sharding),
         empty,
     )

@@ -51,6 +51,8 @@ class PodShape(NamedTuple):
     """Of one slice, such as `v5e:4x4`."""
     slices: int
     workers: int
+    tensor: int = 1
+    """Chips of a worker along the axis `tensor`; the others lie along `fsdp`."""
 
     @property
     def generation(self) -> str:
@@ -67,12 +69,11 @@ class PodShape(NamedTuple):
 
     @property
     def shards(self) -> tuple[int, int]:
-        """Of a worker, along `fsdp` and `tensor`: the latter along the last side of the slice."""
-        tensor = math.gcd(self.sides[-1], self.chips_per_worker)
-        return self.chips_per_worker // tensor, tensor
+        """Of a worker, along `fsdp` and `tensor`."""
+        return self.chips_per_worker // self.tensor, self.tensor
 
 
-def pod_shape(topology: str, slices: int, workers: int | None) -> PodShape:
+def pod_shape(topology: str, slices: int, workers: int | None, tensor: int = 1) -> PodShape:
     """workers: if not given, the slices if there are several, else the chips.
 
     On several slices the exact mean is cheap inside and gossip is for what lies between. Raises
@@ -91,7 +92,12 @@ def pod_shape(topology: str, slices: int, workers: int | None) -> PodShape:
             f"workers: must be a multiple of the {slices} slices and divide the"
             f" {chips * slices} chips, got {workers}"
         )
-    return PodShape(topology, slices, workers)
+    if chips * slices // workers % tensor:
+        raise ConfigError(
+            f"mesh.tensor: must divide the {chips * slices // workers} chips of a worker, "
+            f"got {tensor}"
+        )
+    return PodShape(topology, slices, workers, tensor)
 
 
 def pod_mesh(shape: PodShape) -> Mesh:

@@ -21,8 +21,9 @@ a LoRA adapter too, `lora_a` [r, in] and `lora_b` [out, r]. Every kernel is stor
 that the tied embedding serves as head.
 """
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import chex
@@ -32,6 +33,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from persyn_jax.models.attention import Array, Attend, AttentionRule, attend_causally, soft_capped
+from persyn_jax.models.layout import GATHERED, WHOLE, Layout
+from persyn_jax.models.recompute import Recompute, remat
 from persyn_jax.models.rope import RopeScaling, Rotation, rotary_frequencies, rotate
 
 __all__ = [
@@ -146,6 +149,8 @@ class Layer(nn.Module):
     """Pre-norm attention and gated feed-forward. What the queries look at is `attend`'s."""
 
     config: DecoderConfig
+    sum_parts: Callable[[jax.Array], jax.Array] = WHOLE.sum_parts
+    """Where `config` has one chip's heads and features: sums over those chips."""
 
     @nn.compact
     def __call__(
@@ -180,12 +185,12 @@ class Layer(nn.Module):
         scale = c.head_dim**-0.5 if c.query_scale is None else c.query_scale
         rule = AttentionRule(scale, c.attention_softcap, kind.window)
         out_BTHE, memory = attend(q_BTHE, k_BTKE, v_BTKE, rule, memory)
-        added_BTD = dense("o", c.d_model, out_BTHE.reshape(B, T, -1))
+        added_BTD = self.sum_parts(dense("o", c.d_model, out_BTHE.reshape(B, T, -1)))
         x_BTD = x_BTD + (norm("post_attention_norm", added_BTD) if c.post_norms else added_BTD)
         h_BTD = norm("mlp_norm", x_BTD)
         activation = nn.silu if c.activation == "silu" else nn.gelu  # nn.gelu is the tanh form
         gated = activation(dense("gate", c.d_ff, h_BTD)) * dense("up", c.d_ff, h_BTD)
-        added_BTD = dense("down", c.d_model, gated)
+        added_BTD = self.sum_parts(dense("down", c.d_model, gated))
         return x_BTD + (norm("post_mlp_norm", added_BTD) if c.post_norms else added_BTD), memory
 
 
@@ -237,7 +242,7 @@ def init(config: DecoderConfig, key: jax.Array) -> Params:
     params = {
         "embed": {"embedding": 0.02 * jax.random.normal(embed_key, shape_VD)},
         "layers": jax.vmap(init_layer)(jax.random.split(layer_key, config.layers)),
-        "final_norm": {"scale": jnp.full(config.d_model, 1 - config.norm_offset)},
+        "final_norm": {"scale": jnp.full(config.d_model, 1 - config.norm_offset, jnp.float32)},
     }
     if not config.tied_embeddings:
         params["head"] = {"kernel": 0.02 * jax.random.normal(head_key, shape_VD)}
@@ -259,13 +264,14 @@ def hidden_states(
     positions_BT: Array,
     attend: Attend,
     memory: Any = None,
-    recompute: bool = False,
+    recompute: Recompute = "nothing",
+    layout: Layout = WHOLE,
 ) -> tuple[jax.Array, Any]:
     """Runs the decoder up to and with its final norm.
 
     tokens_BT, positions_BT: int32. memory: what `attend` of each layer gets, a tuple of L, or None;
-    only unrolled layers take one. recompute: let the backward pass recompute each layer of a stack
-    instead of keeping its activations (a third more work, activations of one layer instead of L).
+    only unrolled layers take one. recompute: what the backward pass of a stack computes again.
+    layout: how chips share the work, inside a `shard_map`.
     Returns (hidden_BTD, what `attend` of each layer returned as its memory).
     Raises ValueError for stacked layers with a memory.
     """
@@ -275,16 +281,19 @@ def hidden_states(
     if stacked and memory is not None:
         raise ValueError("stacked layers take no memory: unroll the parameters first")
 
+    layer = Layer(_of_one_chip(config, layout.parts), layout.sum_parts)
+
     def run_layer(x_BTD, layer_params, local, layer_memory=None):
         arguments = x_BTD, positions_BT, local, attend, layer_memory
-        return _apply(Layer(config), layer_params, *arguments)
+        return _apply(layer, layout.gather("layers", layer_params), *arguments)
 
-    x_BTD = params["embed"]["embedding"][tokens_BT]
+    x_BTD = layout.gather("embed", params["embed"])["embedding"][tokens_BT]
     if config.embedding_scale != 1.0:  # rounded to the parameters' dtype, as in Gemma's own code
         x_BTD = x_BTD * jnp.asarray(config.embedding_scale, x_BTD.dtype)
     local = [config.is_local(i) for i in range(config.layers)]
     if stacked:
-        x_BTD = _scan_layers(run_layer, x_BTD, params["layers"], local, recompute)
+        again = functools.partial(_remat, recompute=recompute, gathers=layout is not WHOLE)
+        x_BTD = _scan_layers(run_layer, x_BTD, params["layers"], local, again)
     elif memory is None:
         for layer_params, is_local in zip(params["layers"], local, strict=True):
             x_BTD, _ = run_layer(x_BTD, layer_params, is_local)
@@ -299,8 +308,9 @@ def hidden_states(
 
 
 def _scan_layers(
-    run_layer: Callable, x_BTD: jax.Array, stack: Params, local: list[bool], recompute: bool
+    run_layer: Callable, x_BTD: jax.Array, stack: Params, local: list[bool], again: Callable
 ) -> jax.Array:
+    """again: makes of one layer's function what the backward pass wants of it."""
     if len(set(local)) == 1:  # a constant: no mask that a layer does not need
 
         def body(x_BTD, layer_params):
@@ -313,12 +323,35 @@ def _scan_layers(
             return run_layer(x_BTD, *layer)
 
         scanned = (stack, np.array(local))
-    x_BTD, _ = jax.lax.scan(jax.checkpoint(body) if recompute else body, x_BTD, scanned)
+    x_BTD, _ = jax.lax.scan(again(body), x_BTD, scanned)
     return x_BTD
+
+
+def _remat(body: Callable, recompute: Recompute, gathers: bool) -> Callable:
+    if recompute == "nothing" and gathers:  # one layer's parameters at a time, not all that ran
+        kept = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
+        return jax.checkpoint(body, policy=kept)
+    return remat(body, recompute)
+
+
+def _of_one_chip(config: DecoderConfig, parts: int) -> DecoderConfig:
+    return replace(
+        config,
+        heads=config.heads // parts,
+        kv_heads=config.kv_heads // parts,
+        d_ff=config.d_ff // parts,
+    )
 
 
 def _apply(module: nn.Module, params: Params, *arguments: Any) -> Any:
     return module.apply({"params": params}, *arguments)
+
+
+def head_kernel(params: Params, layout: Layout = WHOLE) -> jax.Array:
+    """[V, D], what makes logits of hidden states: the head's, or the tied embeddings."""
+    if "head" in params:
+        return layout.gather("head", params["head"])["kernel"]
+    return layout.gather("embed", params["embed"])["embedding"]
 
 
 def logits(params: Params, hidden: jax.Array, softcap: float | None = None) -> jax.Array:
@@ -326,6 +359,5 @@ def logits(params: Params, hidden: jax.Array, softcap: float | None = None) -> j
 
     softcap: the config's `final_softcap`.
     """
-    kernel_VD = params["head"]["kernel"] if "head" in params else params["embed"]["embedding"]
-    found = project(hidden, kernel_VD, jnp.float32)
+    found = project(hidden, head_kernel(params), jnp.float32)
     return soft_capped(found, softcap)

@@ -91,7 +91,7 @@ def decoder_config(file: GgufFile) -> DecoderConfig:
         norm_eps=m.number("attention.layer_norm_rms_epsilon"),
         tied_embeddings="output.weight" not in file.tensors,
         max_positions=m.whole("context_length", most=1 << 30),
-        family=family,
+        family=family,  # pyrefly: ignore[bad-argument-type]
     )
     changed = _of_family(m, plain)
     if (scaling := _rope_scaling(m, plain)) is not None:

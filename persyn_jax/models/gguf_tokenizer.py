@@ -192,8 +192,8 @@ def _sentence_piece(file: GgufFile, vocabulary: _Vocabulary) -> Any:
     spaces = [normalizers.Replace(" ", _SPACE)]
     pieces = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if _flag(file, "add_space_prefix", True):
-        spaces.insert(0, normalizers.Prepend(_SPACE))
-        pieces.append(decoders.Strip(" ", 1, 0))
+        spaces.insert(0, normalizers.Prepend(_SPACE))  # pyrefly: ignore[bad-argument-type]
+        pieces.append(decoders.Strip(" ", 1, 0))  # pyrefly: ignore[bad-argument-type]
     core.normalizer = normalizers.Sequence(spaces)
     core.decoder = decoders.Sequence(pieces)
     return core

@@ -14,6 +14,8 @@ import numpy as np
 
 from persyn_jax.models import decoder
 from persyn_jax.models.decoder import Array, DecoderConfig, Params
+from persyn_jax.models.layout import WHOLE, Layout
+from persyn_jax.models.recompute import Recompute
 
 CHUNK = 64
 """Tokens of each row whose logits exist at a time."""
@@ -86,12 +88,16 @@ def pack(rows: Sequence[Sequence[Conversation]], length: int, responses: int) ->
 
 
 def response_log_likelihoods(
-    config: DecoderConfig, params: Params, rows: Rows, recompute: bool = False
+    config: DecoderConfig,
+    params: Params,
+    rows: Rows,
+    recompute: Recompute = "nothing",
+    layout: Layout = WHOLE,
 ) -> jax.Array:
     """log p(response token | all before it in its conversation), float32 [B, R]; 0 where padded.
 
-    Logits exist for response tokens only, and for CHUNK of each row at a time. recompute: see
-    `decoder.hidden_states`.
+    Logits exist for response tokens only, and for CHUNK of each row at a time. recompute, layout:
+    see `decoder.hidden_states`.
     """
     chex.assert_equal_shape([rows.tokens, rows.positions, rows.segments])
     chex.assert_equal_shape([rows.predictors, rows.targets, rows.weights])
@@ -102,11 +108,13 @@ def response_log_likelihoods(
         rows.positions,
         decoder.attend_causally(rows.segments),
         recompute=recompute,
+        layout=layout,
     )
+    head = {"head": {"kernel": decoder.head_kernel(params, layout)}}
     hidden_BRD = jnp.take_along_axis(hidden_BTD, rows.predictors[:, :, None], axis=1)
     chosen_BR = in_chunks(
         lambda hidden_BrD, targets_Br: _chosen(
-            decoder.logits(params, hidden_BrD, config.final_softcap), targets_Br
+            decoder.logits(head, hidden_BrD, config.final_softcap), targets_Br
         ),
         hidden_BRD,
         rows.targets,

@@ -37,6 +37,35 @@ def add_overwrite(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_processes(parser: argparse.ArgumentParser) -> None:
+    """Flags of a command that is started on several hosts at once."""
+    parser.add_argument(
+        "--distributed", action="store_true", help="several processes, which JAX finds by itself"
+    )
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="of several processes")
+    parser.add_argument("--processes", type=int, help="how many there are")
+    parser.add_argument("--process", type=int, help="which one this is, from 0 on")
+
+
+def start_processes(arguments: argparse.Namespace) -> int:
+    """Finds the other processes that `add_processes` speaks of; returns how many there are, or 0 if
+    only JAX knows.
+
+    Raises ConfigError when they are not to be found.
+    """
+    from persyn_jax.config import ConfigError
+
+    if not (arguments.distributed or arguments.coordinator):
+        return 1
+    import jax
+
+    try:
+        jax.distributed.initialize(arguments.coordinator, arguments.processes, arguments.process)
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(f"the other processes are not to be found: {error}") from None
+    return arguments.processes or 0
+
+
 def end_with_one_line(main: Callable[[], None]) -> None:
     """Runs `main`; exits 2 on bad input, 1 on other failures, 130 on Ctrl-C, each with one line.
 
@@ -61,12 +90,17 @@ def _exit(line: str, code: int) -> None:
     sys.exit(code)
 
 
-def stage_main(description: str, name: str) -> None:
-    """The body of a stage's script: runs this stage on the run folder of --config."""
+def stage_main(description: str, name: str, by_processes: bool = False) -> None:
+    """The body of a stage's script: runs this stage on the run folder of --config.
+
+    by_processes: the stage can be computed by several processes together.
+    """
 
     def main() -> None:
         parser = make_parser(description)
         add_overwrite(parser)
+        if by_processes:
+            add_processes(parser)
         arguments = parser.parse_intermixed_args()
         from persyn_jax import config
         from persyn_jax.pipeline.config import RunConfig
@@ -75,9 +109,12 @@ def stage_main(description: str, name: str) -> None:
 
         loaded = config.load(RunConfig, arguments.config, arguments.overrides)
         (stage,) = (stage for stage in STAGES if stage.name == name)
-        with open_run(loaded, arguments.overwrite) as run:
+        processes = start_processes(arguments) if by_processes else 1
+        with open_run(loaded, arguments.overwrite, processes) as run:
             summary = run_stage(stage, run).summary
-        print_summary(summary, arguments.json)
+            is_first = run.is_first
+        if is_first:
+            print_summary(summary, arguments.json)
 
     end_with_one_line(main)
 

@@ -10,7 +10,7 @@ from persyn_jax.evaluation.sources import SourceConfig
 from persyn_jax.models.spec import ModelConfig
 from persyn_jax.routing.rewards import RewardConfig
 from persyn_jax.sampling.config import ClientConfig, EngineConfig, ServiceConfig, TeacherConfig
-from persyn_jax.training.config import GossipConfig, OptimiserConfig, TrainConfig
+from persyn_jax.training.config import GossipConfig, MeshConfig, OptimiserConfig, TrainConfig
 
 
 @config_class
@@ -64,6 +64,7 @@ class RunConfig:
     student: ModelConfig
     rewards: RewardConfig = RewardConfig()
     router: RouterConfig = RouterConfig()
+    mesh: MeshConfig = MeshConfig()
     gossip: GossipConfig = GossipConfig()
     training: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

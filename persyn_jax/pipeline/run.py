@@ -10,7 +10,7 @@ import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ class Run:
 
     config: RunConfig
     overwrite: bool = False
+    processes: int = 1
+    """How many run a stage together, 0 if only JAX knows; see `open_run`."""
     _service: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     _endpoint: tuple[str, str] | None = None
 
@@ -68,24 +70,45 @@ class Run:
         self._service.close()
         self._endpoint = None
 
-    def mesh(self):
-        """The mesh of the gossip workers, one device each."""
+    def mesh(self, fsdp: int = 1, tensor: int = 1):
+        """The mesh of the gossip workers, each spread over fsdp * tensor devices."""
         from persyn_jax import mesh
 
-        workers = self.config.gossip.workers
+        c, workers = self.config, self.config.gossip.workers
+        chips = workers * c.mesh.fsdp * c.mesh.tensor  # of the stage that needs most
         try:
-            mesh.start_platform(self.config.run.platform, workers)
+            mesh.start_platform(c.run.platform, chips, self.processes)
+            return mesh.make_mesh(workers, fsdp, tensor)
         except ValueError as error:
-            raise ConfigError(f"gossip.workers: {error}") from None
-        return mesh.make_mesh(workers)
+            raise ConfigError(f"gossip.workers, mesh: {error}") from None
+
+    def training_mesh(self):
+        """The mesh of the student's training."""
+        return self.mesh(self.config.mesh.fsdp, self.config.mesh.tensor)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the one that writes."""
+        if self.processes == 1:
+            return True
+        import jax
+
+        return jax.process_index() == 0
 
 
 @contextlib.contextmanager
-def open_run(config: RunConfig, overwrite: bool = False) -> Iterator[Run]:
-    """Prepares and holds the run folder; stops the sampling service on the way out."""
-    store.prepare(config.run_folder)
-    with store.hold(config.run_folder):
-        run = Run(config, overwrite)
+def open_run(config: RunConfig, overwrite: bool = False, processes: int = 1) -> Iterator[Run]:
+    """Prepares and holds the run folder; stops the sampling service on the way out.
+
+    processes: of `jax.distributed`, which must be running unless this is the only one. They share
+    the run folder; the first of them holds it and writes, and stages compute together.
+    """
+    run = Run(config, overwrite, processes)
+    if processes != 1:
+        run.training_mesh()  # starts the platform, by which a process knows which one it is
+    if run.is_first:
+        store.prepare(config.run_folder)
+    with store.hold(config.run_folder) if run.is_first else contextlib.nullcontext():
         try:
             yield run
         finally:
@@ -112,6 +135,8 @@ class Stage:
     """(run, folder for checkpoints of this very work) -> summary.
 
     What depends on time stands in the summary under `measured`."""
+    elastic: tuple[str, ...] = ()
+    """Keys of the config that may change between a checkpoint and the work that goes on from it."""
 
 
 def run_stage(stage: Stage, run: Run) -> store.Manifest:
@@ -121,25 +146,39 @@ def run_stage(stage: Stage, run: Run) -> store.Manifest:
     fingerprints (see `store.finished`) and `run.overwrite` is not set.
     """
     now = _fingerprints(stage, run)
-    try:
-        if (manifest := store.finished(run.folder, stage.name, now)) is not None:
-            say(f"{stage.name}: finished before")
-            return manifest
-    except ConfigError:
-        if not run.overwrite:
-            raise
-        store.discard(run.folder, stage.name)
-    say(f"{stage.name}: started")
-    store.write_text(run.folder / "config.yaml", to_yaml(run.config))
-    checkpoints = run.folder / "checkpoints" / f"{stage.name}-{fingerprint(now)}"
+    if manifest := _finished_before(stage, run, now):
+        say(f"{stage.name}: finished before")
+        return manifest
+    if run.is_first:
+        say(f"{stage.name}: started")
+        store.write_text(run.folder / "config.yaml", to_yaml(run.config))
+    checkpoints = run.folder / "checkpoints" / f"{stage.name}-{_checkpoint_key(stage, now)}"
     started = time.monotonic()
     summary = stage.work(run, checkpoints)
     seconds = time.monotonic() - started
     summary["measured"] = summary.get("measured", {}) | {"peak_memory_gb": _peak_memory_gb()}
+    if not run.is_first:
+        return store.Manifest(stage.name, now.inputs, now.config, now.source, {}, summary, seconds)
     manifest = store.finish(run.folder, stage.name, now, list(stage.writes), summary, seconds)
     shutil.rmtree(checkpoints, ignore_errors=True)  # after the manifest: a kill between loses none
     say(f"{stage.name}: done in {seconds:.0f} s")
     return manifest
+
+
+def _finished_before(stage: Stage, run: Run, now: store.Fingerprints) -> store.Manifest | None:
+    try:
+        return store.finished(run.folder, stage.name, now)
+    except ConfigError:
+        if not run.overwrite:
+            raise
+        if run.is_first:
+            store.discard(run.folder, stage.name)
+        return None
+
+
+def _checkpoint_key(stage: Stage, now: store.Fingerprints) -> str:
+    config = {key: value for key, value in now.config.items() if key not in stage.elastic}
+    return fingerprint(replace(now, config=config))
 
 
 def _peak_memory_gb() -> float:

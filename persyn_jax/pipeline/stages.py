@@ -4,6 +4,7 @@ writes back.
 Heavy imports stay inside the functions: asking for help, or rerunning a finished run, loads no JAX.
 """
 
+import contextlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -152,24 +153,45 @@ def _train_student(run: Run, checkpoints: Path) -> dict[str, Any]:
     from persyn_jax.pipeline.prompts import check_answers
     from persyn_jax.pipeline.tokens import conversations
     from persyn_jax.pipeline.train_student import StudentTraining, train_student
+    from persyn_jax.training.sinks import check_sinks, tracked
 
     run.stop_service()  # its memory is needed
-    config, mesh = run.config, run.mesh()
+    config, mesh = run.config, run.training_mesh()
+    sinks = config.training.track if run.is_first else ()
+    check_sinks(sinks)
     answers = [answer for answer in run.read(ANSWERS, Answer) if answer.usable]
     tokens = conversations(load_tokenizer(config.student), run.read(PROMPTS, Prompt), answers)
     check_answers(answers, tokens, config.training)
-    _remove_others(checkpoints)
+    if run.is_first:
+        _remove_others(checkpoints)
     metrics_file = run.folder / METRICS
-    trained = train_student(
-        lambda: load(config.student, config.run.seed),
-        tokens,
-        StudentTraining(config.training, config.gossip, config.run.seed),
-        mesh,
-        checkpoints,
-        lambda first, steps: _announce(metrics_file, first, steps),
-        lambda row: _log(metrics_file, row),
-    )
-    save_folder(run.folder / STUDENT, trained.model)
+    with contextlib.ExitStack() as stack:
+        tracks = []  # from where the training begins, which it says itself
+
+        def on_start(first: int, steps: int) -> None:
+            if run.is_first:
+                values = to_values(config)
+                tracking = tracked(sinks, config.run.name, run.folder, values, first)
+                tracks.append(stack.enter_context(tracking))
+                _announce(metrics_file, first, steps)
+
+        def on_metrics(row: dict[str, Any]) -> None:
+            if run.is_first:
+                _log(metrics_file, row)
+                tracks[0](row)
+
+        trained = train_student(
+            lambda: load(config.student, config.run.seed),
+            tokens,
+            StudentTraining(config.training, config.gossip, config.run.seed),
+            mesh,
+            checkpoints,
+            on_start,
+            on_metrics,
+            run.folder / "profile" if run.is_first else None,
+        )
+    if run.is_first:
+        save_folder(run.folder / STUDENT, trained.model)
     return {
         "compiled_programs": trained.compiled_programs,
         "held_out": [answers[index].prompt_id for index in trained.held_out],
@@ -178,7 +200,7 @@ def _train_student(run: Run, checkpoints: Path) -> dict[str, Any]:
 
 def _remove_others(checkpoints: Path) -> None:
     """Checkpoints of a training with another config, other answers or other code fit no more."""
-    for path in sorted(checkpoints.parent.iterdir()):
+    for path in sorted(checkpoints.parent.glob("*")):
         if path != checkpoints:
             say(f"  removing checkpoints of another config, other answers or other code: {path}")
             shutil.rmtree(path)
@@ -358,10 +380,11 @@ STAGES: tuple[Stage, ...] = (
         modules=("persyn_jax.pipeline.tokens", "persyn_jax.pipeline.train_student"),
         reads=(PROMPTS, ANSWERS),
         writes=(STUDENT,),
-        section=_section("training", "gossip"),
+        section=_section("training", "gossip", "mesh"),
         models=_student_model,
         files=_none,
         work=_train_student,
+        elastic=("gossip.workers", "mesh.fsdp", "mesh.tensor"),
     ),
     Stage(
         name="evaluate",

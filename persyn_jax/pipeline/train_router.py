@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -139,6 +140,9 @@ def _fit(
     shares = np.array_split(dealt, workers)
 
     def batch_at(number: int) -> Pairs:
+        return jax.device_put(pairs_of(number), meshes.per_worker(mesh))
+
+    def pairs_of(number: int) -> Pairs:
         chosen_WB = np.stack(
             [
                 numpy_stream(config.seed, "draw pairs", number, worker).choice(share, config.pairs)
@@ -156,7 +160,7 @@ def _fit(
         if taken.number % _STEPS_BETWEEN_METRICS == 0 or taken.number == config.steps - 1:
             on_metrics({"step": taken.number, "loss": taken.metrics.loss.tolist()})
     assert compiled_programs(step) == 1, "one batch shape must compile one program"
-    return uniform_mean(taken.state.params)
+    return uniform_mean(taken.state.params, mesh)
 
 
 def fold_standardisation(head: Params, mean_D: np.ndarray, scale: float) -> Params:

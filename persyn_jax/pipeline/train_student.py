@@ -8,36 +8,58 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+import optax
+from jax.sharding import Mesh, NamedSharding
 
 from persyn_jax import gossip
 from persyn_jax import mesh as meshes
+from persyn_jax.gossip import elastic
 from persyn_jax.gossip.theory import contraction
 from persyn_jax.models.decoder import Params
 from persyn_jax.models.rows import Conversation, Rows
 from persyn_jax.models.weights import Model
-from persyn_jax.training import checkpoint
 from persyn_jax.training.batches import (
     Row,
     batch_rows,
     first_fit,
     hold_out,
     make_plan,
-    stack_workers,
+    step_batch,
+    with_steps,
 )
+from persyn_jax.training.checkpoint import Restored, restore_newest, saver
 from persyn_jax.training.config import GossipConfig, TrainConfig
-from persyn_jax.training.loop import Taken, run_steps, uniform_mean
+from persyn_jax.training.loop import (
+    Taken,
+    run_steps,
+    stop_on_sigterm,
+    uniform_mean,
+    watchdog,
+)
 from persyn_jax.training.losses import response_loss
+from persyn_jax.training.meters import speed_row, time_exchange, timed, training_flops
 from persyn_jax.training.optimisers import make_optimiser
+from persyn_jax.training.precision import cast_loss
+from persyn_jax.training.profiling import profiled
+from persyn_jax.training.sharded import (
+    INNER_AXES,
+    all_workers,
+    batch_spec,
+    check_mesh,
+    chip_layout,
+    make_sharded_step,
+    on_sharded_mesh,
+    parameter_specs,
+    sharded_losses,
+    sharded_mixing,
+    state_shardings,
+)
 from persyn_jax.training.step import (
     LossFunction,
     TrainState,
     compiled_programs,
     init_state,
-    make_train_step,
-    on_mesh,
     placed_shapes,
-    stack_on_mesh,
 )
 
 
@@ -70,16 +92,22 @@ def train_student(
     checkpoints: Path,
     on_start: Callable[[int, int], None],
     on_metrics: Callable[[dict[str, Any]], None],
+    profiles: Path | None = None,
 ) -> Trained:
     """Trains from the newest intact checkpoint, or from the start.
 
     load_student: called when the parameters are needed; they are kept by the workers alone.
     on_start(first step, steps) is called before the first step, on_metrics(row) after each.
+    profiles: folder for the profile of `training.profile_steps`.
 
-    Raises RuntimeError: too few conversations, no checkpoint intact; ValueError: a conversation
-    that no row has room for.
+    All processes of a run call it together. The checkpoint may be one of another number of workers
+    or of another mesh. SIGTERM ends the training after the step that runs, with a checkpoint.
+
+    Raises KeyboardInterrupt after a SIGTERM; RuntimeError: too few conversations, no checkpoint
+    intact; ValueError: a conversation that no row has room for; ConfigError: a mesh that cannot
+    divide the model.
     """
-    c, workers = config.training, config.gossip.workers
+    c, workers = config.training, mesh.shape[meshes.WORKER]
     train, held_out = hold_out(conversations, c.held_out, config.seed)
     if not held_out or len(train) < workers:
         raise RuntimeError(
@@ -87,76 +115,186 @@ def train_student(
             "workers and one for the held-out loss"
         )
     examples = [conversations[index] for index in train]
-    plan = make_plan(examples, c, workers, config.seed)
-    schedule = gossip.gosgd_schedule(
-        workers, len(plan), config.gossip.exchange_probability, config.seed
-    )
 
     student = load_student()
-    loss = functools.partial(response_loss, student.config, c.recompute)
-    optimiser = make_optimiser(c.optimiser, len(plan))
-    mixing = _mixing(schedule, config.gossip.audit)
-    predicted = contraction(schedule).mean_per_round
-    start = on_mesh(lambda params: init_state(params, optimiser, mixing), mesh, (0,), donate=True)
-    step = on_mesh(make_train_step(loss, optimiser, mixing), mesh, (0, 0, None), donate=True)
-    measure = _make_measure(loss, [conversations[index] for index in held_out], c, mesh)
-
-    first, state = _restore_or_start(checkpoints, start, student.params, mesh)
+    check_mesh(student.config, c.rows, c.row_response_tokens, mesh)
+    specs = parameter_specs(student.params, mesh)
+    layout = chip_layout(specs, mesh)
+    loss = functools.partial(response_loss, student.config, c.recompute, layout=layout)
+    loss = cast_loss(loss, c.compute_dtype)
+    restored = restore_newest(
+        checkpoints, lambda saved: _state_like(student.params, config, mesh, specs, saved)
+    )
+    segments = restored.segments if restored else ()
+    plan = make_plan(examples, c, workers, config.seed, segments)
+    schedule, steps = _schedule(workers, len(plan), config), len(plan)
+    optimiser, mixing = make_optimiser(c.optimiser, steps), _mixing(schedule, config.gossip.audit)
+    state = _first_state(student.params, restored, optimiser, mixing, mesh, specs)
+    first = restored.steps if restored else 0
+    del restored
     student = replace(student, params={})
-    on_start(first, len(plan))
+    train_step = make_sharded_step(loss, optimiser, mixing, mesh, specs, c.accumulate)
+    step = on_sharded_mesh(train_step, mesh, state, specs)
+    measure = _make_measure(loss, [conversations[index] for index in held_out], c, mesh, specs)
+    predicted = contraction(schedule).mean_per_round
+    exchange_seconds = None
+    if c.time_exchange:
+        exchange_seconds = _exchange_seconds(state, mixing, schedule, mesh, specs)
+    on_start(first, steps)
 
     def batch_at(number: int) -> Rows:
-        return stack_workers([batch_rows(examples, own, c) for own in plan[number]])
+        return meshes.place_workers(
+            lambda worker: step_batch(examples, plan[number][worker], c),
+            NamedSharding(mesh, batch_spec(mesh, leading=int(c.accumulate > 1))),
+            workers,
+        )
 
-    for taken in run_steps(step, state, batch_at, schedule, range(first, len(plan)), mesh):
-        number, last = taken.number, taken.number == len(plan) - 1
-        tokens = _tokens(examples, plan[number])
-        row = _metrics_row(taken, tokens) | _exchange_row(taken, schedule.round(number))
-        if last or number % c.measure_every == 0:
-            row |= measure(taken.state)
-            row |= _contraction_row(row, predicted)
-        on_metrics(row)
-        if not last and (number + 1) % c.checkpoint_every == 0:
-            checkpoint.save(checkpoints, number + 1, taken.state)
+    with (
+        saver(checkpoints, c.async_checkpoints) as checkpoint,
+        stop_on_sigterm() as stops,
+        watchdog(c.step_seconds) as begins,
+        profiled(c.profiled if profiles else range(0), profiles or checkpoints) as before_step,
+    ):
+        before_step(first)
+        for taken in run_steps(step, state, batch_at, schedule, range(first, steps), mesh):
+            done, last = taken.number + 1, taken.number == steps - 1
+            row = _metrics_row(taken) | _exchange_row(taken, schedule, mesh)
+            if last or taken.number % c.measure_every == 0:
+                row |= measure(taken.state)
+                row |= _contraction_row(row, predicted)
+            seconds = dict(taken.seconds)
+            stop = not last and stops()
+            if stop or (not last and done % c.checkpoint_every == 0):
+                with timed(seconds, "checkpoint"):
+                    checkpoint.save(done, taken.state, with_steps(segments, workers, done))
+            tokens = _tokens(examples, plan[taken.number])
+            flops = training_flops(student.config, *tokens, c.row_tokens)
+            kind, chips = mesh.devices.flat[0].device_kind, mesh.size
+            row |= {"tokens": tokens[0]}
+            row["measured"] = speed_row(seconds, tokens[0], flops, kind, chips, exchange_seconds)
+            on_metrics(row)
+            if stop:
+                checkpoint.finish()
+                raise KeyboardInterrupt
+            before_step(done)
+            begins(done)
     compiled = compiled_programs(step)
-    assert compiled == 1, f"one batch shape must compile one program, compiled {compiled}"
-    return Trained(replace(student, params=uniform_mean(taken.state.params)), compiled, held_out)
+    assert compiled <= 1, f"one batch shape must compile one program, compiled {compiled}"
+    mean = uniform_mean(taken.state.params, mesh)
+    return Trained(replace(student, params=mean), compiled, held_out)
+
+
+def _schedule(workers: int, rounds: int, config: StudentTraining) -> gossip.Schedule:
+    probability = config.gossip.exchange_probability
+    return gossip.gosgd_schedule(workers, rounds, probability, config.seed)
 
 
 def _mixing(schedule: gossip.Schedule, audit: bool) -> gossip.MixingTransformation:
-    exchange = gossip.Exchange(schedule.bank, meshes.WORKER)
+    exchange = gossip.Exchange(schedule.bank, meshes.WORKER, INNER_AXES)
     rule = gossip.gosgd(exchange)
     return gossip.audited(rule, gossip.sum_weight_mass, exchange) if audit else rule
 
 
-def _restore_or_start(
-    checkpoints: Path, start: Callable, params: Params, mesh: Mesh
-) -> tuple[int, TrainState]:
-    """(steps taken, state of all workers): of the newest checkpoint, else of `params`."""
-    params_W = stack_on_mesh(params, mesh)
-    like = placed_shapes(jax.eval_shape(start, params_W), meshes.per_worker(mesh))
-    return checkpoint.restore_newest(checkpoints, like) or (0, start(params_W))
+def _state_like(
+    params: Params, config: StudentTraining, mesh: Mesh, specs: Params, workers: int
+) -> TrainState:
+    """Shapes and shardings of a state of `workers`; whole along that axis unless they are the
+    mesh's."""
+    # What a state looks like does not depend on how many steps and rounds there are.
+    optimiser = make_optimiser(config.training.optimiser, 1)
+    mixing = _mixing(_schedule(workers, 1, config), config.gossip.audit)
+
+    def start(_):
+        return init_state(params, optimiser, mixing)
+
+    shapes = jax.eval_shape(jax.vmap(start), jax.ShapeDtypeStruct((workers,), np.int32))
+    shardings = state_shardings(shapes, mesh, specs, workers == mesh.shape[meshes.WORKER])
+    return jax.tree.map(placed_shapes, shapes, shardings)
 
 
-def _metrics_row(taken: Taken, tokens: int) -> dict[str, Any]:
+def _first_state(
+    params: Params,
+    restored: Restored | None,
+    optimiser: optax.GradientTransformation,
+    mixing: gossip.MixingTransformation,
+    mesh: Mesh,
+    specs: Params,
+) -> TrainState:
+    """The state to go on from: of `params`, or as restored, for the mesh's workers."""
+    workers = mesh.shape[meshes.WORKER]
+
+    def start(params):
+        return jax.vmap(lambda own: init_state(own, optimiser, mixing))(params)
+
+    if restored is not None and restored.segments[-1].workers == workers:
+        return restored.state
+    if restored is None:
+        params_W = meshes.place_copies(params, all_workers(specs, mesh), workers)
+        shardings = state_shardings(jax.eval_shape(start, params_W), mesh, specs)
+        return jax.jit(start, out_shardings=shardings, donate_argnums=(0,))(params_W)
+    saved = meshes.read(restored.state, mesh)
+    (own_params, opt_state), sum_weight_W = elastic.resize(
+        (saved.params, saved.opt_state), _sum_weights(saved.mix_state), workers
+    )
+    params_W = meshes.place(own_params, all_workers(specs, mesh))
+    shardings = state_shardings(jax.eval_shape(start, params_W), mesh, specs)
+    state = jax.jit(start, out_shardings=shardings, donate_argnums=(0,))(params_W)
+    weights = meshes.place(sum_weight_W, _sum_weights(shardings.mix_state))
+    return replace(
+        state,
+        opt_state=meshes.place(opt_state, shardings.opt_state),
+        mix_state=_with_sum_weights(state.mix_state, weights),
+    )
+
+
+def _sum_weights(mix_state: Any) -> Any:
+    inner = mix_state.inner if isinstance(mix_state, gossip.AuditState) else mix_state
+    return inner.sum_weight
+
+
+def _with_sum_weights(mix_state: Any, sum_weight_W: Any) -> Any:
+    if isinstance(mix_state, gossip.AuditState):
+        return mix_state._replace(inner=_with_sum_weights(mix_state.inner, sum_weight_W))
+    return mix_state._replace(sum_weight=sum_weight_W)
+
+
+def _exchange_seconds(
+    state: TrainState,
+    mixing: gossip.MixingTransformation,
+    schedule: gossip.Schedule,
+    mesh: Mesh,
+    specs: Params,
+) -> float | None:
+    """Of one exchange in which somebody sends, on its own; None if there is no such round."""
+    busy = [t for t in range(schedule.rounds) if schedule.round(t).branch_K.any()]
+    if not busy:
+        return None
+    mix = jax.jit(sharded_mixing(mixing, mesh, specs))
+    none = jax.tree.map(jax.numpy.zeros_like, state.params)
+    round = meshes.place(schedule.round(busy[0]), meshes.replicated(mesh))
+    return time_exchange(mix, none, state.mix_state, state.params, round)
+
+
+def _metrics_row(taken: Taken) -> dict[str, Any]:
     """A line of metrics.jsonl; the loss of a worker is null where its batch was empty."""
     loss_W, weight_W, norm_W = (field.tolist() for field in taken.metrics)
     return {
         "step": taken.number,
         "loss": [loss if weight else None for loss, weight in zip(loss_W, weight_W, strict=True)],
         "gradient_norm": norm_W,
-        "tokens": tokens,
     }
 
 
-def _exchange_row(taken: Taken, round: gossip.Round) -> dict[str, Any]:
+def _exchange_row(taken: Taken, schedule: gossip.Schedule, mesh: Mesh) -> dict[str, Any]:
     """What a line of metrics.jsonl says of the exchange, bytes over all workers.
 
     In a permutation everyone sends, also those whose message has no weight: wire against useful.
     The estimate of the consensus distance is from the distances of those that heard something to
     what they heard, for free; null where nobody did.
     """
-    mix_state, workers = taken.state.mix_state, round.weight_KW.shape[1]
+    round = schedule.round(taken.number)
+    workers = round.weight_KW.shape[1]
+    mix_state = meshes.read(taken.state.mix_state, mesh)
     if isinstance(mix_state, gossip.AuditState):
         gossip.check_audit(mix_state)
         mix_state = mix_state.inner
@@ -165,10 +303,10 @@ def _exchange_row(taken: Taken, round: gossip.Round) -> dict[str, Any]:
     model_bytes = sum(leaf.nbytes // workers for leaf in jax.tree.leaves(taken.state.params))
     estimate = None
     if pushes:
-        distance_W = np.asarray(mix_state.pair_distance)
+        distance_W = mix_state.pair_distance
         estimate = float(gossip.divergence.estimated_consensus_distance(distance_W, heard_W))
     return {
-        "sum_weight": np.asarray(mix_state.sum_weight).tolist(),
+        "sum_weight": mix_state.sum_weight.tolist(),
         "pushes": pushes,
         "wire_bytes": int(np.count_nonzero(round.branch_K)) * workers * model_bytes,
         "useful_bytes": pushes * model_bytes,
@@ -184,34 +322,43 @@ def _contraction_row(row: dict[str, Any], predicted: float) -> dict[str, Any]:
     return {"predicted_contraction": predicted, "measured_contraction": measured}
 
 
-def _tokens(examples: Sequence[Conversation], rows_by_worker: list[list[Row]]) -> int:
-    """Tokens of one step's rows, prompts and answers, over all workers."""
-    return sum(examples[i].length for own in rows_by_worker for row in own for i in row)
+def _tokens(examples: Sequence[Conversation], rows_by_worker: list[list[Row]]) -> tuple[int, int]:
+    """Tokens of one step's rows over all workers, and how many of them are of responses."""
+    seen = [examples[index] for own in rows_by_worker for row in own for index in row]
+    return sum(one.length for one in seen), sum(len(one.response) for one in seen)
 
 
 def _make_measure(
-    loss: LossFunction, held_out: list[Conversation], config: TrainConfig, mesh: Mesh
+    loss: LossFunction, held_out: list[Conversation], config: TrainConfig, mesh: Mesh, specs: Params
 ) -> Callable[[TrainState], dict[str, Any]]:
     """A function of the state: held-out loss by worker, and the parameters' consensus distance,
     in all and by group (the top level of the tree)."""
     packed = first_fit(held_out, list(range(len(held_out))), config)
-    batch = jax.device_put(batch_rows(held_out, packed, config), meshes.replicated(mesh))
+    packed += [[]] * (-len(packed) % mesh.shape[meshes.FSDP])
+    workers, spec = mesh.shape[meshes.WORKER], batch_spec(mesh)
+    batch = meshes.place_workers(
+        lambda _: batch_rows(held_out, packed, config), NamedSharding(mesh, spec), workers
+    )
+    losses = sharded_losses(loss, mesh, specs)
 
-    def one_worker(params, batch):
-        mean, _ = loss(params, batch)
-        return mean, {
-            group: gossip.consensus_distance(part, meshes.WORKER) for group, part in params.items()
+    def all_of(params, batch):
+        loss_W = losses(params, batch)
+        distances = {
+            group: jax.vmap(
+                lambda own: gossip.consensus_distance(own, meshes.WORKER), axis_name=meshes.WORKER
+            )(part)[0]
+            for group, part in params.items()
         }
+        return loss_W, distances
 
-    compiled = on_mesh(one_worker, mesh, (0, None))
+    compiled = jax.jit(all_of, out_shardings=meshes.replicated(mesh))
 
     def measure(state: TrainState) -> dict[str, Any]:
-        loss_W, distances_W = jax.tree.map(np.asarray, compiled(state.params, batch))
-        by_group = {group: float(distance_W[0]) for group, distance_W in distances_W.items()}
+        loss_W, by_group = jax.tree.map(np.asarray, compiled(state.params, batch))
         return {
             "held_out_loss": loss_W.tolist(),
-            "consensus_distance": sum(by_group.values()),
-            "consensus_distance_by_group": by_group,
+            "consensus_distance": float(sum(by_group.values())),
+            "consensus_distance_by_group": {g: float(value) for g, value in by_group.items()},
         }
 
     return measure

@@ -3,7 +3,8 @@
 A plan is data, so resuming needs nothing but the number of the step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -18,11 +19,23 @@ Row = list[int]
 Plan = list[list[list[Row]]]
 """plan[step][worker]: the rows of that worker's batch."""
 
+
+class Segment(NamedTuple):
+    """Some steps that were taken by one number of workers."""
+
+    workers: int
+    steps: int
+
+
 _OPEN_ROWS = 64  # rows that packing still looks at: its time stays linear in the number of examples
 
 
 def make_plan(
-    examples: Sequence[Conversation], config: TrainConfig, workers: int, seed: int
+    examples: Sequence[Conversation],
+    config: TrainConfig,
+    workers: int,
+    seed: int,
+    taken: Sequence[Segment] = (),
 ) -> Plan:
     """Deals the examples to workers once; every epoch shuffles and packs each worker's share anew.
 
@@ -31,7 +44,11 @@ def make_plan(
     zero gradient: its momentum alone moves it). An epoch depends on the seed and its number, not on
     how many epochs there are.
 
-    Raises ValueError: an example that does not fit in a row, fewer examples than workers.
+    taken: the steps that came before, if the number of workers has changed since the start. The
+    plan begins with these; then what is left of their epoch is dealt to `workers`.
+
+    Raises ValueError: an example that does not fit in a row, fewer examples than workers, more
+    steps taken than there are.
     """
     for index, example in enumerate(examples):
         if example.length > config.row_tokens or len(example.response) > config.row_response_tokens:
@@ -41,19 +58,69 @@ def make_plan(
             )
     if len(examples) < workers:
         raise ValueError(f"{len(examples)} examples for {workers} workers: each needs at least one")
-    dealt = numpy_stream(seed, "deal examples").permutation(len(examples))
+    before = _changes(taken, workers)
+    dealt = numpy_stream(seed, "deal examples").permutation(len(examples)).tolist()
     plan: Plan = []
     for epoch in range(config.epochs):
-        rows_by_worker = []
-        for worker in range(workers):
-            share = dealt[worker::workers]
-            order = numpy_stream(seed, "shuffle examples", epoch, worker).permutation(share)
-            rows_by_worker.append(first_fit(examples, order.tolist(), config))
-        steps = max(-(-len(worker_rows) // config.rows) for worker_rows in rows_by_worker)
-        for step in range(steps):
-            first, last = step * config.rows, (step + 1) * config.rows
-            plan.append([_padded(own[first:last], config.rows) for own in rows_by_worker])
+        left, part = dealt, 0
+        while left:
+            at_work = before[0].workers if before else workers
+            steps = list(_deal(examples, config, left, at_work, seed, (epoch, part)))
+            if not before or len(steps) < before[0].steps:
+                plan += steps
+                if before:
+                    before[0] = before[0]._replace(steps=before[0].steps - len(steps))
+                break
+            plan += steps[: before[0].steps]
+            seen = {
+                i for step in plan[-before[0].steps :] for own in step for row in own for i in row
+            }
+            left, part = [index for index in left if index not in seen], part + 1
+            del before[0]
+    if before:
+        raise ValueError(f"{sum(s.steps for s in taken)} steps were taken, there are {len(plan)}")
     return plan
+
+
+def with_steps(taken: Sequence[Segment], workers: int, steps: int) -> tuple[Segment, ...]:
+    """`taken`, and `steps` in all, the last of them by `workers`."""
+    segments = [segment for segment in taken if segment.steps]
+    more = steps - sum(segment.steps for segment in segments)
+    if segments and segments[-1].workers == workers:
+        segments[-1] = Segment(workers, segments[-1].steps + more)
+    else:
+        segments.append(Segment(workers, more))
+    return tuple(segments)
+
+
+def _changes(taken: Sequence[Segment], workers: int) -> list[Segment]:
+    """The segments up to the last change: what `workers` took since needs no mention."""
+    segments = [segment for segment in taken if segment.steps]
+    while segments and segments[-1].workers == workers:
+        segments.pop()
+    return segments
+
+
+def _deal(
+    examples: Sequence[Conversation],
+    config: TrainConfig,
+    left: list[int],
+    workers: int,
+    seed: int,
+    place: tuple[int, int],
+) -> Iterator[list[list[Row]]]:
+    """The steps that see each example of `left` once. place: the epoch, and which part of it."""
+    epoch, part = place
+    rows_by_worker = []
+    for worker in range(workers):
+        keys = (epoch, worker, part) if part else (epoch, worker)
+        order = numpy_stream(seed, "shuffle examples", *keys).permutation(left[worker::workers])
+        rows_by_worker.append(first_fit(examples, order.tolist(), config))
+    count = config.rows * config.accumulate
+    steps = max(-(-len(worker_rows) // count) for worker_rows in rows_by_worker)
+    for step in range(steps):
+        first, last = step * count, (step + 1) * count
+        yield [_padded(own[first:last], count) for own in rows_by_worker]
 
 
 def first_fit(examples: Sequence[Conversation], order: list[int], config: TrainConfig) -> list[Row]:
@@ -83,9 +150,18 @@ def _padded(own: list[Row], count: int) -> list[Row]:
 
 
 def batch_rows(examples: Sequence[Conversation], own: list[Row], config: TrainConfig) -> Rows:
-    """One worker's batch of one step, as NumPy: [B, T] and [B, R]."""
+    """These rows, as NumPy: [B, T] and [B, R]."""
     conversations = [[examples[index] for index in row] for row in own]
     return rows.pack(conversations, config.row_tokens, config.row_response_tokens)
+
+
+def step_batch(examples: Sequence[Conversation], own: list[Row], config: TrainConfig) -> Rows:
+    """One worker's batch of one step: [B, T] and [B, R], or [A, B, ...] if A are accumulated."""
+    batch = batch_rows(examples, own, config)
+    if config.accumulate == 1:
+        return batch
+    shape = (config.accumulate, config.rows)
+    return jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), batch)
 
 
 def stack_workers(batches: Sequence[Rows]) -> Rows:

@@ -50,6 +50,16 @@ class OptimiserConfig:
 
 
 @config_class
+class MeshConfig:
+    """The chips of one worker; there are gossip.workers times as many in all."""
+
+    fsdp: Annotated[int, Field(ge=1)] = 1
+    """Chips among which a worker's rows, parameters and optimiser state are divided."""
+    tensor: Annotated[int, Field(ge=1)] = 1
+    """Chips among which attention heads and feed-forward features are divided."""
+
+
+@config_class
 class GossipConfig:
     """Who trains and how often parameters are mixed (GoSGD)."""
 
@@ -86,6 +96,13 @@ class TrainConfig:
     """Steps between measurements of held-out loss and consensus distance."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 20
     """Steps between checkpoints of all workers."""
+    time_exchange: bool = False
+    """Time the exchange alone before the first step, so that a step's seconds can be split; takes
+    a compilation and, for a moment, room for a second copy of the parameters."""
+    async_checkpoints: bool = True
+    """Write checkpoints in the background, from a copy, while training goes on."""
+    step_seconds: Annotated[float, Field(gt=0)] = 3600.0
+    """The longest that a step may take, the first (which compiles) apart; then the process ends."""
     track: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Where metrics go besides metrics.jsonl; each needs the package's extra of that name."""
     profile_steps: Annotated[str, Field(pattern=r"^[0-9]+:[0-9]+$")] | None = None

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from persyn_jax.models import router, rows
 from persyn_jax.models.decoder import Array, DecoderConfig, Params
+from persyn_jax.models.layout import WHOLE, Layout
 from persyn_jax.models.recompute import Recompute
 from persyn_jax.models.rows import Rows
 
@@ -26,15 +27,23 @@ class Pairs(NamedTuple):
 
 
 def response_loss(
-    config: DecoderConfig, recompute: Recompute, params: Params, batch: Rows
+    config: DecoderConfig,
+    recompute: Recompute,
+    params: Params,
+    batch: Rows,
+    layout: Layout = WHOLE,
 ) -> tuple[jax.Array, jax.Array]:
     """Mean negative log-likelihood of the response tokens, in nats a token: (loss, tokens).
 
-    EOS counts where it was generated. A batch without response tokens has loss 0.
+    EOS counts where it was generated. A batch without response tokens has loss 0. With a layout,
+    parameters and batch are one chip's, and the mean is over all chips of the worker.
     """
-    log_likelihood_BR = rows.response_log_likelihoods(config, params, batch, recompute != "nothing")
-    weight = jnp.sum(batch.weights)
-    return -jnp.sum(log_likelihood_BR * batch.weights) / jnp.maximum(weight, 1.0), weight
+    targets = layout.share((batch.predictors, batch.targets, batch.weights))
+    batch = Rows(batch.tokens, batch.positions, batch.segments, *targets)
+    log_likelihood_BR = rows.response_log_likelihoods(config, params, batch, recompute, layout)
+    weight = layout.total(jnp.sum(batch.weights))
+    total = layout.total(jnp.sum(log_likelihood_BR * batch.weights))
+    return -total / jnp.maximum(weight, 1.0), weight
 
 
 def bradley_terry_loss(params: Params, batch: Pairs) -> tuple[jax.Array, jax.Array]:

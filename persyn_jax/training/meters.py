@@ -11,9 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 
-from persyn_jax.gossip import MixingTransformation
 from persyn_jax.models import decoder
 from persyn_jax.models.decoder import DecoderConfig
 
@@ -114,21 +112,11 @@ def speed_row(
     }
 
 
-def exchange_only(mixing: MixingTransformation) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
-    """(params, mix_state, round) -> (params, mix_state): a train step's exchange without its step,
-    of one worker, to be laid out as the step is."""
-
-    def exchange(params: Any, mix_state: Any, round: Any) -> tuple[Any, Any]:
-        return mixing.update(jax.tree.map(jnp.zeros_like, params), mix_state, params, round)
-
-    return exchange
-
-
 def time_exchange(compiled: Callable[..., Any], *arguments: Any, repeats: int = 5) -> float:
     """Median seconds of `compiled(*arguments)`, after one call that is not counted.
 
-    compiled: `exchange_only`, laid out and without donation, so that nothing is lost; it needs room
-    for a second copy of the parameters for a moment.
+    compiled: an exchange without donation, so that nothing is lost; it needs room for a second copy
+    of the parameters for a moment.
     """
     jax.block_until_ready(compiled(*arguments))
     taken = []

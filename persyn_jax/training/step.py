@@ -96,14 +96,21 @@ def accumulated(gradient_of: GradientFunction) -> GradientFunction:
             means = jax.tree.map(lambda sum, mean: sum + weight * mean, means, (loss, gradients))
             return (means, weighed + weight), None
 
-        # Taken from a parameter, so that it varies over the workers as the loss does.
-        zero = jnp.zeros_like(jnp.sum(jax.tree.leaves(params)[0]))
-        start = (zero, jax.tree.map(jnp.zeros_like, params)), zero
+        first = jax.tree.map(lambda leaf: leaf[0], batches)
+        (loss, weight), gradients = jax.eval_shape(gradient_of, params, first)
+        start = jax.tree.map(_zeros, ((loss, gradients), weight))
         ((loss, gradients), weight), _ = jax.lax.scan(add, start, batches)
         share = 1 / jnp.maximum(weight, 1.0)  # a worker without tokens has gradient 0
         return (loss * share, weight), jax.tree.map(lambda sum: sum * share, gradients)
 
     return over_batches
+
+
+def _zeros(like: jax.ShapeDtypeStruct) -> jax.Array:
+    """Zeros that vary over the axes of a `shard_map` as `like` does: a scan's carry must."""
+    zeros = jnp.zeros(like.shape, like.dtype)
+    axes = getattr(like.manual_axis_type, "varying", ())  # outside one there is none
+    return jax.lax.pcast(zeros, tuple(axes), to="varying") if axes else zeros
 
 
 def on_mesh(

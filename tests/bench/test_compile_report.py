@@ -20,7 +20,7 @@ from persyn_jax.bench.pod_programs import SCHEDULES, Compiled, programs
 from persyn_jax.bench.pod_shapes import PodShape, link_model
 from persyn_jax.config import ConfigError
 from persyn_jax.gossip import theory
-from persyn_jax.mesh import make_mesh
+from persyn_jax.mesh import AXES, make_mesh
 from persyn_jax.models import decoder
 from persyn_jax.models.weights import RANDOM_TINY
 from persyn_jax.training.config import TrainConfig
@@ -28,6 +28,7 @@ from persyn_jax.training.config import TrainConfig
 MODEL = dataclasses.replace(RANDOM_TINY, layers=1)
 PARAMS = jax.eval_shape(lambda: decoder.init(MODEL, jax.random.key(0)))
 SIZE = sum(leaf.size for leaf in jax.tree.leaves(PARAMS))
+NORMS = 3 * MODEL.d_model  # of one layer and the last; small, so whole on every chip
 LEAVES = len(jax.tree.leaves(PARAMS))
 
 
@@ -52,6 +53,10 @@ def whole():
 def sharded():
     """Four devices a worker; also with the rounds of a period unrolled."""
     return reports_of("hypercube", 2, (2, 2), ["bank", "delayed cycle"])
+
+
+def a_mesh(*shards):
+    return jax.sharding.AbstractMesh((2, *shards), AXES)
 
 
 def counted(report, kind, link):
@@ -98,16 +103,17 @@ def test_a_sharded_worker_gathers_inside_itself_and_sends_its_parts(sharded):
 
 
 def test_what_is_sent_in_a_round_is_one_model_however_it_is_sharded(whole, sharded):
-    for report in (whole["bank"], sharded["bank"]):
-        assert (report.sent_between_workers, report.sent_between_slices) == (4 * SIZE, 0)
+    for report, copies in ((whole["bank"], 1), (sharded["bank"], 4)):
+        sent = 4 * (SIZE + (copies - 1) * NORMS)
+        assert (report.sent_between_workers, report.sent_between_slices) == (sent, 0)
     assert whole["all-reduce"].sent_between_workers == 2 * 3 / 4 * 4 * SIZE
 
 
 def test_parameters_that_cannot_be_cut_are_counted_and_sent_by_every_chip():
     model = dataclasses.replace(MODEL, vocab_size=259)
-    cut, by_3 = wire(model, (2, 2)), wire(model, (3, 1))
-    assert (cut.parameters, cut.leaves, cut.whole) == (SIZE, LEAVES, 0)
-    assert cut.sent_bytes == 4 * SIZE
+    cut, by_3 = wire(model, a_mesh(2, 2)), wire(model, a_mesh(3, 1))
+    assert (cut.parameters, cut.leaves, cut.whole) == (SIZE, LEAVES, NORMS)
+    assert cut.sent_bytes == 4 * (SIZE + 3 * NORMS)
     assert 0 < by_3.whole <= SIZE
     assert by_3.sent_bytes == 4 * (SIZE + 2 * by_3.whole)
 
@@ -122,7 +128,7 @@ def outcomes(found, written, with_slices=False):
     slices = 2 if with_slices else 1
     links = link_model(PodShape("v5e:1x2" if with_slices else "v5e:1x4", slices, 4))
     compiled = Compiled(found, written, 0, 0, 0, 0, 0.0)
-    return [check.passed for check in checks(program, compiled, wire(MODEL, (1, 1)), links)]
+    return [check.passed for check in checks(program, compiled, wire(MODEL, a_mesh(1, 1)), links)]
 
 
 def test_bad_programs_are_noticed():
@@ -158,7 +164,7 @@ def test_a_failed_check_is_a_line_that_says_what_was_found(whole):
 def test_the_report_reads_as_lines_of_words(sharded):
     shape = PodShape("v5e:1x8", 1, 2)
     lines = [
-        *shape_lines(shape, "hypercube", wire(MODEL, shape.shards)),
+        *shape_lines(shape, "hypercube", wire(MODEL, a_mesh(4, 1))),
         *report_lines(list(sharded.values())),
     ]
     words = [" ".join(line.split()) for line in lines]

@@ -6,6 +6,7 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from persyn_jax.bench import hlo
 from persyn_jax.bench.hlo import collectives
 from persyn_jax.mesh import FSDP, WORKER, make_mesh
 
@@ -111,3 +112,16 @@ def test_a_real_program():
         ("all-reduce", "inside workers", 16),
         ("collective-permute", "between workers", 16),
     ]
+
+
+def test_devices_of_a_mesh_may_be_reshaped_and_transposed():
+    """Two workers of four chips each; the groups are made of every other chip of a worker."""
+    sizes = "mesh['axis_0'=2,'axis_1'=1,'axis_2'=4]"
+    groups = hlo._device_groups(
+        f"%p), replica_groups={sizes}, device_ids=([2,2,2]T(0,2,1)) {{'axis_2'}}, dimensions"
+    )
+    assert groups == [[0, 2, 1, 3], [4, 6, 5, 7]]
+    groups = hlo._device_groups(
+        "%p), replica_groups=mesh['a'=4,'b'=2], device_ids=([4,2]T(1,0)) {'b'}, dimensions"
+    )
+    assert groups == [[0, 2], [4, 6], [1, 3], [5, 7]]

@@ -15,11 +15,11 @@ from persyn_jax.config import ConfigError
     [
         (("v5e:4x4", 1, None), 16, (1, 1)),  # one slice: a worker a chip
         (("v6e:16x16", 1, None), 256, (1, 1)),
-        (("v5e:4x4", 2, None), 2, (4, 4)),  # several: a worker a slice
-        (("v5p:2x2x4", 8, None), 8, (4, 4)),
+        (("v5e:4x4", 2, None), 2, (16, 1)),  # several: a worker a slice
+        (("v5p:2x2x4", 8, None, 4), 8, (4, 4)),
         (("v5e:4x4", 2, 32), 32, (1, 1)),
-        (("v5e:8x8", 1, 16), 16, (1, 4)),  # half a row of chips
-        (("v5e:8x8", 2, 8), 8, (2, 8)),  # two rows of chips
+        (("v5e:8x8", 1, 16), 16, (4, 1)),  # half a row of chips
+        (("v5e:8x8", 2, 8), 8, (16, 1)),  # two rows of chips
     ],
 )
 def test_workers_are_slices_or_chips_or_what_is_asked_for(arguments, workers, shards):
@@ -39,6 +39,7 @@ def test_workers_are_slices_or_chips_or_what_is_asked_for(arguments, workers, sh
         (("v5e:4x4", 2, 1), "a multiple of the 2 slices and divide the 32 chips, got 1"),
         (("v5e:4x4", 1, 5), "divide the 16 chips, got 5"),
         (("v5e:4x4", 1, 0), "got 0"),
+        (("v5e:4x4", 2, None, 3), "mesh.tensor: must divide the 16 chips of a worker, got 3"),
     ],
 )
 def test_other_shapes_are_refused_in_one_line(arguments, message):

@@ -62,7 +62,7 @@ def test_killed_in_generate_and_in_training_a_run_ends_like_an_undisturbed_one(
     rows = student_rows(place.run)
     assert 10 <= len(rows) < len(student_rows(finished_run.place.run)), "killed in training"
 
-    older, newest = sorted((place.run / "checkpoints").glob("*/*.sha256.json"))
+    older, newest = sorted((place.run / "checkpoints").glob("*/*.manifest.json"))
     damaged = next(newest.with_name(newest.name.split(".")[0]).rglob("_METADATA"))
     damaged.write_text("{}")
     third = place.finish("run_persyn.py")

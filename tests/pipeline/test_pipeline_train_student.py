@@ -55,7 +55,7 @@ def train(folder, **gossip_values) -> list[dict]:
         lambda first, steps: None,
         rows.append,
     )
-    return rows
+    return [{key: value for key, value in row.items() if key != "measured"} for row in rows]
 
 
 def test_an_audited_run_is_the_same_run_and_has_its_contraction(tmp_path):
@@ -149,3 +149,40 @@ def test_an_answer_that_no_row_has_room_for_is_named():
     for room in ({"row_tokens": 12}, {"row_response_tokens": 4}):
         with pytest.raises(ConfigError, match=r"prompt 'y' with the answer of teacher 'a': 13 tok"):
             check_answers(answers, rows, dataclasses.replace(config, **room))
+
+
+def test_a_training_goes_on_with_other_workers(tmp_path):
+    """Stopped with two workers, ended with four: no mass is lost, and no example."""
+    conversations = [Conversation((1, 2, i), (3, i)) for i in range(4, 45)]
+    training = TrainConfig(row_tokens=5, row_response_tokens=2, held_out=1, checkpoint_every=3)
+
+    class Stopped(Exception):
+        pass
+
+    def go_on(workers: int, last: int | None) -> tuple[int, list[dict]]:
+        starts, rows = [], []
+
+        def on_metrics(row):
+            rows.append(row)
+            if row["step"] == last:
+                raise Stopped
+
+        train_student(
+            lambda: weights.load(TINY),
+            conversations,
+            StudentTraining(training, GossipConfig(workers=workers), seed=0),
+            make_mesh(workers),
+            tmp_path,
+            lambda first, steps: starts.append((first, steps)),
+            on_metrics,
+        )
+        return starts[0], rows
+
+    with pytest.raises(Stopped):
+        go_on(2, last=7)
+    (first, steps), rows = go_on(4, last=None)
+    # 40 examples, one a row: six steps of two, then the other 28 in steps of four.
+    assert (first, steps) == (6, 6 + 7)
+    assert [row["step"] for row in rows] == list(range(6, 13))
+    assert all(sum(row["sum_weight"]) == 1 for row in rows)
+    assert all(len(row["loss"]) == 4 for row in rows)

@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from persyn_jax.models.rows import Conversation
-from persyn_jax.training.batches import batch_rows, first_fit, hold_out, make_plan, stack_workers
+from persyn_jax.training.batches import (
+    Segment,
+    batch_rows,
+    first_fit,
+    hold_out,
+    make_plan,
+    stack_workers,
+    with_steps,
+)
 from persyn_jax.training.config import TrainConfig
 
 ROW_TOKENS, ROW_RESPONSE_TOKENS = 12, 6
@@ -144,3 +152,41 @@ def test_batches_of_all_workers_lead_with_the_worker_axis():
     assert both.targets.shape == (2, 2, ROW_RESPONSE_TOKENS)
     np.testing.assert_array_equal(both.tokens[1, 0, :6], [6, 7, 8, 3, 4, 5])
     np.testing.assert_array_equal(both.tokens[0], one.tokens)
+
+
+@given(
+    **a_plan,
+    changes=st.lists(st.tuples(st.integers(1, 8), st.integers(0, 9)), max_size=4),
+)
+def test_restarts_with_other_workers_lose_and_repeat_nothing(
+    examples, workers, rows, epochs, seed, changes
+):
+    """Stopped and gone on with another M, any number of times, within epochs and between them."""
+    c = config(rows=rows, epochs=epochs)
+    taken: tuple[Segment, ...] = ()
+    done = 0
+    for count, steps in changes:
+        plan = make_plan(examples, c, count, seed, taken)
+        before = plan[:done]
+        done = min(done + steps, len(plan))
+        taken = with_steps(taken, count, done)
+        assert sum(segment.steps for segment in taken) == done
+        assert make_plan(examples, c, count, seed, taken) == plan, "a mere restart changes nothing"
+        again = make_plan(examples, c, workers, seed, taken)
+        assert again[: len(before)] == before, "what was taken stays as it was"
+        assert again[:done] == plan[:done]
+        assert all(len(step) == workers for step in again[done:])
+    plan = make_plan(examples, c, workers, seed, taken)
+    assert indices(plan) == dict.fromkeys(range(len(examples)), epochs)
+    seen = Counter()
+    for index in (i for step in plan for own in step for row in own for i in row):
+        seen[index] += 1
+        assert seen[index] - min(seen.get(i, 0) for i in range(len(examples))) <= 1, (
+            "an epoch twice"
+        )
+
+
+def test_more_steps_than_there_are_is_an_error():
+    examples = [Conversation((1, 1), (2,)) for _ in range(8)]
+    with pytest.raises(ValueError, match="99 steps were taken, there are 1"):
+        make_plan(examples, config(), 1, 0, [Segment(2, 99)])

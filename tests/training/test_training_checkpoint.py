@@ -9,7 +9,8 @@ import pytest
 from training_tiny import assert_bitwise_equal, language_training
 
 from persyn_jax.mesh import per_worker
-from persyn_jax.training.checkpoint import restore_newest, save
+from persyn_jax.training.batches import Segment
+from persyn_jax.training.checkpoint import restore_newest, saver
 from persyn_jax.training.loop import run_steps
 from persyn_jax.training.step import compiled_programs, placed_shapes
 
@@ -21,7 +22,13 @@ def training():
 
 @pytest.fixture(scope="module")
 def like(training):
-    return placed_shapes(training.mesh_start(), per_worker(training.mesh))
+    shapes = placed_shapes(training.mesh_start(), per_worker(training.mesh))
+    return {2: shapes}.__getitem__  # of so many workers
+
+
+def save(folder, step, state):
+    with saver(folder) as checkpoint:
+        checkpoint.save(step, state, [Segment(2, step)])
 
 
 def states_after(training, first: int, state, last: int):
@@ -63,7 +70,8 @@ def test_no_checkpoint_is_no_state(tmp_path, like):
 
 
 def test_a_state_comes_back_bitwise_and_where_it_was(folder, training, straight, like):
-    step, state = restore_newest(folder, like)
+    step, state, segments = restore_newest(folder, like)
+    assert segments == (Segment(2, step),)
     assert step == 3
     assert_bitwise_equal(state, straight[2])
     for leaf in jax.tree.leaves(state):
@@ -73,7 +81,7 @@ def test_a_state_comes_back_bitwise_and_where_it_was(folder, training, straight,
 def test_the_newest_two_are_kept(folder):
     kept = sorted(path.name for path in folder.iterdir())
     names = ["00000002", "00000003"]
-    assert kept == sorted(names + [f"{name}.sha256.json" for name in names])
+    assert kept == sorted(names + [f"{name}.manifest.json" for name in names])
 
 
 def test_a_training_cut_off_at_any_checkpoint_ends_bitwise_like_an_undisturbed_one(
@@ -82,7 +90,7 @@ def test_a_training_cut_off_at_any_checkpoint_ends_bitwise_like_an_undisturbed_o
     """Parameters, moments, step counts, sum weights; and the program is the one it was."""
     for cut in (1, len(training.steps) - 1):
         save(tmp_path / str(cut), cut, placed(training, straight[cut - 1]))
-        step, state = restore_newest(tmp_path / str(cut), like)
+        step, state, _ = restore_newest(tmp_path / str(cut), like)
         resumed = states_after(training, step, state, len(training.steps))
         assert_bitwise_equal(resumed, {n: straight[n] for n in range(cut, len(training.steps))})
     assert compiled_programs(training.mesh_step) == 1
@@ -92,7 +100,7 @@ def test_a_training_cut_off_at_any_checkpoint_ends_bitwise_like_an_undisturbed_o
 def files_of(checkpoint) -> list[str]:
     """The checkpoint's files and its manifest, as paths inside the folder of checkpoints."""
     inside = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
-    manifest = checkpoint.with_name(f"{checkpoint.name}.sha256.json")
+    manifest = checkpoint.with_name(f"{checkpoint.name}.manifest.json")
     return [str(path.relative_to(checkpoint.parent)) for path in [*inside, manifest]]
 
 
@@ -116,7 +124,7 @@ def test_a_flipped_bit_in_any_file_is_noticed_and_the_checkpoint_before_is_used(
     for name in files_of(pristine / "00000003"):
         flip_a_bit(folder / name)
         caplog.clear()
-        step, state = restore_newest(folder, like)
+        step, state, _ = restore_newest(folder, like)
         assert step == 2, name
         assert_bitwise_equal(state, straight[1])
         (warning,) = warnings_of(caplog)
@@ -145,7 +153,7 @@ def test_a_file_too_many_is_noticed(folder, like, caplog):
 
 def test_nothing_intact_is_an_error_and_never_a_fresh_start(folder, like):
     for name in ("00000002", "00000003"):
-        flip_a_bit(folder / f"{name}.sha256.json")
+        flip_a_bit(folder / f"{name}.manifest.json")
     with pytest.raises(RuntimeError, match="checkpoints: holds checkpoints and none is intact"):
         restore_newest(folder, like)
 
@@ -159,7 +167,7 @@ def test_a_checkpoint_that_a_kill_cut_off_is_none(folder, training, straight, li
     assert restore_newest(folder, like)[0] == 3
     assert warnings_of(caplog) == []
     save(folder, 4, placed(training, straight[3]))
-    step, state = restore_newest(folder, like)
+    step, state, _ = restore_newest(folder, like)
     assert step == 4
     assert_bitwise_equal(state, straight[3])
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from training_tiny import head_training
 
+from persyn_jax.mesh import make_mesh
 from persyn_jax.training.loop import run_steps, uniform_mean
 
 
@@ -59,7 +60,7 @@ def test_uniform_mean_weighs_all_workers_alike_and_keeps_the_dtype():
         "a": jnp.array([[1.0, 2.0], [3.0, 8.0], [5.0, 2.0]], jnp.float32),
         "b": jnp.array([1.0, 2.0, 6.0], jnp.bfloat16),
     }
-    mean = uniform_mean(stacked)
+    mean = uniform_mean(stacked, make_mesh(1))
     np.testing.assert_array_equal(mean["a"], np.array([3.0, 4.0], np.float32))
     assert mean["b"] == 3
     assert {name: leaf.dtype for name, leaf in mean.items()} == {
@@ -71,4 +72,4 @@ def test_uniform_mean_weighs_all_workers_alike_and_keeps_the_dtype():
 def test_uniform_mean_does_not_round_on_the_way():
     """In float32 the sum of these would already be 2**24."""
     stacked = jnp.array([[2.0**24], [1.0], [1.0], [2.0]], jnp.float32)
-    assert uniform_mean(stacked) == (2**24 + 4) / 4
+    assert uniform_mean(stacked, make_mesh(1)) == (2**24 + 4) / 4

@@ -130,9 +130,11 @@ def test_an_exchange_alone_mixes_as_the_rule_says_and_takes_no_step():
     mixing = gossip.gosgd(gossip.Exchange(schedule.bank, WORKER))
     params = {"w": jnp.array([[0.0, 2.0], [4.0, 8.0]])}
     state = jax.vmap(mixing.init, axis_name=WORKER, axis_size=2)(params)
-    exchange = jax.jit(
-        jax.vmap(meters.exchange_only(mixing), (0, 0, None), axis_name=WORKER, axis_size=2)
-    )
+
+    def alone(params, state, round):
+        return mixing.update(jax.tree.map(jnp.zeros_like, params), state, params, round)
+
+    exchange = jax.jit(jax.vmap(alone, (0, 0, None), axis_name=WORKER, axis_size=2))
     mixed, after = exchange(params, state, schedule.round(0))
     np.testing.assert_allclose(mixed["w"], [[2.0, 5.0], [2.0, 5.0]])
     np.testing.assert_allclose(np.sum(after.sum_weight), 1.0)
