@@ -156,7 +156,7 @@ def test_a_training_goes_on_with_other_workers(tmp_path):
     conversations = [Conversation((1, 2, i), (3, i)) for i in range(4, 45)]
     training = TrainConfig(row_tokens=5, row_response_tokens=2, held_out=1, checkpoint_every=3)
 
-    class Stopped(Exception):
+    class StoppedError(Exception):
         pass
 
     def go_on(workers: int, last: int | None) -> tuple[int, list[dict]]:
@@ -165,7 +165,7 @@ def test_a_training_goes_on_with_other_workers(tmp_path):
         def on_metrics(row):
             rows.append(row)
             if row["step"] == last:
-                raise Stopped
+                raise StoppedError
 
         train_student(
             lambda: weights.load(TINY),
@@ -178,7 +178,7 @@ def test_a_training_goes_on_with_other_workers(tmp_path):
         )
         return starts[0], rows
 
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         go_on(2, last=7)
     (first, steps), rows = go_on(4, last=None)
     # 40 examples, one a row: six steps of two, then the other 28 in steps of four.
