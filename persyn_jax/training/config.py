@@ -104,7 +104,7 @@ class TrainConfig:
     step_seconds: Annotated[float, Field(gt=0)] = 3600.0
     """The longest that a step may take, the first (which compiles) apart; then the process ends."""
     track: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    """Where metrics go besides metrics.jsonl; each needs the package's extra of that name."""
+    """Where metrics go besides metrics.jsonl; each needs its own package."""
     profile_steps: Annotated[str, Field(pattern=r"^[0-9]+:[0-9]+$")] | None = None
     """`10:15` records a profile of steps 10 to 14."""
 

@@ -25,7 +25,7 @@ def check_sinks(names: Sequence[str]) -> None:
         if importlib.util.find_spec(_PACKAGES[name]) is None:
             raise ConfigError(
                 f"training.track: {name} needs the package {_PACKAGES[name]}, which is not "
-                f"installed; the extra persyn-jax[{name}] brings it"
+                f"installed: pip install {_PACKAGES[name]}"
             )
 
 

@@ -147,13 +147,13 @@ def test_a_training_that_fails_closes_its_sinks(recorded, tmp_path):
     ("name", "package"),
     [("tensorboard", "tensorboardX"), ("wandb", "wandb"), ("trackio", "trackio")],
 )
-def test_a_missing_package_is_one_line_that_names_its_extra(name, package, monkeypatch):
+def test_a_missing_package_is_one_line_that_names_it(name, package, monkeypatch):
     monkeypatch.setattr(sinks.importlib.util, "find_spec", lambda package: None)
     with pytest.raises(ConfigError) as refused:
         sinks.check_sinks([name])
     assert str(refused.value) == (
-        f"training.track: {name} needs the package {package}, which is not installed; "
-        f"the extra persyn-jax[{name}] brings it"
+        f"training.track: {name} needs the package {package}, which is not installed: "
+        f"pip install {package}"
     )
 
 
