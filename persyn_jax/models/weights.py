@@ -13,7 +13,7 @@ from persyn_jax import streams
 from persyn_jax.config import ConfigError
 from persyn_jax.models import decoder, folder, gguf, safetensors_file, tokenizer
 from persyn_jax.models.decoder import DecoderConfig, Params
-from persyn_jax.models.spec import ModelConfig, locate
+from persyn_jax.models.spec import ModelConfig, locate, read_chat_template
 
 RANDOM_TINY = DecoderConfig(
     vocab_size=259,
@@ -46,17 +46,20 @@ def load(model: ModelConfig, seed: int = 0) -> Model:
 
     Raises ConfigError naming the file and what is wrong with it.
     """
-    path = locate(model)
+    path, template = locate(model), read_chat_template(model)
     if path is None:
         key = streams.jax_stream(seed, "random weights")
         params = jax.tree.map(np.asarray, _init(RANDOM_TINY, key))
-        return Model(RANDOM_TINY, params, tokenizer.byte_level())
+        return Model(RANDOM_TINY, params, tokenizer.byte_level(template))
     if path.is_dir():
-        config, tok = _checked(path, folder.read_config(path)), tokenizer.load_folder(path)
+        config, tok = (
+            _checked(path, folder.read_config(path)),
+            tokenizer.load_folder(path, template),
+        )
         params = folder_params(path, config)
     else:
         file = gguf.read(path)
-        config, tok = _checked(path, gguf.decoder_config(file)), tokenizer.from_gguf(file)
+        config, tok = _checked(path, gguf.decoder_config(file)), tokenizer.from_gguf(file, template)
         params = _gguf_params(file, config)
     if (last := max(tok.get_vocab().values())) >= config.vocab_size:
         raise ConfigError(
@@ -68,10 +71,12 @@ def load(model: ModelConfig, seed: int = 0) -> Model:
 
 def load_tokenizer(model: ModelConfig) -> tokenizer.Tokenizer:
     """The model's tokenizer alone. Raises ConfigError as `load`."""
-    path = locate(model)
+    path, template = locate(model), read_chat_template(model)
     if path is None:
-        return tokenizer.byte_level()
-    return tokenizer.load_folder(path) if path.is_dir() else tokenizer.from_gguf(gguf.read(path))
+        return tokenizer.byte_level(template)
+    if path.is_dir():
+        return tokenizer.load_folder(path, template)
+    return tokenizer.from_gguf(gguf.read(path), template)
 
 
 def load_config(model: ModelConfig) -> DecoderConfig:

@@ -235,3 +235,16 @@ def test_random_weights_depend_on_the_seed_alone():
     assert (first.params["embed"]["embedding"] != other.params["embed"]["embedding"]).any()
     assert weights.load_config(spec) == first.config
     assert len(weights.load_tokenizer(spec)) == first.config.vocab_size
+
+
+@pytest.mark.parametrize("source", ["random:tiny", "folder"])
+def test_a_chat_template_of_the_config_is_taken(source, saved, tmp_path):
+    own = tmp_path / "own.jinja"
+    own.write_text("{% for message in messages %}<{{ message['content'] }}>{% endfor %}")
+    place = str(saved) if source == "folder" else source
+    config = ModelConfig(weights=place, chat_template=own)
+    for tok in (weights.load(config).tokenizer, weights.load_tokenizer(config)):
+        assert tokenizer.render_chat(tok, MESSAGES) == "<Be brief.><Why 42?>"
+    missing = ModelConfig(weights=place, chat_template=tmp_path / "nowhere.jinja")
+    with pytest.raises(ConfigError, match=r"chat_template .*nowhere\.jinja: No such file"):
+        weights.load(missing)
