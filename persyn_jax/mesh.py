@@ -35,8 +35,7 @@ def start_platform(platform: Platform, host_devices: int, processes: int = 1) ->
             jax.config.update("jax_num_cpu_devices", -(-host_devices // processes))
     if jax.device_count() < host_devices:
         raise ValueError(
-            f"{host_devices} workers need as many devices, "
-            f"and platform {platform} shows {jax.device_count()}"
+            f"{host_devices} devices are needed, and platform {platform} shows {jax.device_count()}"
         )
 
 
@@ -49,7 +48,7 @@ def make_mesh(workers: int, fsdp: int = 1, tensor: int = 1, devices=None) -> Mes
     devices = jax.devices() if devices is None else devices
     needed = workers * fsdp * tensor
     if len(devices) < needed:
-        raise ValueError(f"{needed} chips are needed, and there are {len(devices)}")
+        raise ValueError(f"{needed} devices are needed, and there are {len(devices)}")
     devices, shape = devices[:needed], (workers, fsdp, tensor)
     slices = {getattr(device, "slice_index", 0) for device in devices}
     axis_types = (AxisType.Auto,) * 3

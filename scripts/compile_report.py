@@ -66,7 +66,7 @@ def report_the_train_step(arguments, loaded) -> None:
     mesh.start_platform("cpu", 1)
     model, chips = load_config(loaded.student), pod_mesh(shape)
     links, sent = link_model(shape), wire(model, chips)
-    check_mesh(model, chips.shape["fsdp"], loaded.training.row_response_tokens, chips)
+    check_mesh(model, chips.shape[mesh.FSDP], loaded.training.row_response_tokens, chips)
     print("\n".join(shape_lines(shape, arguments.schedule, sent)), flush=True)
     reports = [report_program(program, model, loaded.training, chips, links) for program in wanted]
     print("\n".join(report_lines(reports)))

@@ -3,7 +3,7 @@
     uv run scripts/resume_check.py --json resume.json
 
 Exits with 1 if a training differs by a bit. The JSON file holds `config` and `outcomes` (keys:
-those of `Outcome` in persyn_jax.pipeline.resume_check.py). About 15 minutes on 2 CPU cores.
+those of `Outcome` in persyn_jax.pipeline.resume_check.py).
 """
 
 from pathlib import Path

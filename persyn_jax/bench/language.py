@@ -104,7 +104,7 @@ def _logits(params: Any, bytes_BT: jax.Array) -> jax.Array:
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None], tokens_BT.shape)
     attend = decoder.attend_causally(jnp.ones_like(tokens_BT))
     hidden_BTD, _ = decoder.hidden_states(CONFIG, params, tokens_BT, positions_BT, attend)
-    return decoder.logits(params, hidden_BTD)
+    return decoder.logits(CONFIG, params, hidden_BTD)
 
 
 def _pieces(name: str, documents: list[bytes]) -> Text:

@@ -354,10 +354,7 @@ def head_kernel(params: Params, layout: Layout = WHOLE) -> jax.Array:
     return layout.gather("embed", params["embed"])["embedding"]
 
 
-def logits(params: Params, hidden: jax.Array, softcap: float | None = None) -> jax.Array:
-    """hidden [..., D] -> float32 logits [..., V], also of bfloat16 parameters.
-
-    softcap: the config's `final_softcap`.
-    """
+def logits(config: DecoderConfig, params: Params, hidden: jax.Array) -> jax.Array:
+    """hidden [..., D] -> float32 logits [..., V], also of bfloat16 parameters."""
     found = project(hidden, head_kernel(params), jnp.float32)
-    return soft_capped(found, softcap)
+    return soft_capped(found, config.final_softcap)

@@ -114,7 +114,7 @@ def response_log_likelihoods(
     hidden_BRD = jnp.take_along_axis(hidden_BTD, rows.predictors[:, :, None], axis=1)
     chosen_BR = in_chunks(
         lambda hidden_BrD, targets_Br: _chosen(
-            decoder.logits(head, hidden_BrD, config.final_softcap), targets_Br
+            decoder.logits(config, head, hidden_BrD), targets_Br
         ),
         hidden_BRD,
         rows.targets,

@@ -162,6 +162,7 @@ def train(folder: Path, workers: int, asynchronous: bool) -> None:
         folder,
         lambda first, steps: tell("start", first),
         lambda row: tell("row", json.dumps({k: v for k, v in row.items() if k != "measured"})),
+        folder / "profile",
     )
     tell("digest", _digest(trained.model.params) + _digest_of_newest(folder))
 

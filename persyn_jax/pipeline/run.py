@@ -80,7 +80,7 @@ class Run:
             mesh.start_platform(c.run.platform, chips, self.processes)
             return mesh.make_mesh(workers, fsdp, tensor)
         except ValueError as error:
-            raise ConfigError(f"gossip.workers, mesh: {error}") from None
+            raise ConfigError(f"gossip.workers x mesh.fsdp x mesh.tensor: {error}") from None
 
     def training_mesh(self):
         """The mesh of the student's training."""

@@ -188,7 +188,7 @@ def _train_student(run: Run, checkpoints: Path) -> dict[str, Any]:
             checkpoints,
             on_start,
             on_metrics,
-            run.folder / "profile" if run.is_first else None,
+            run.folder / "profile",
         )
     if run.is_first:
         save_folder(run.folder / STUDENT, trained.model)

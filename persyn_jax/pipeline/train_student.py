@@ -92,7 +92,7 @@ def train_student(
     checkpoints: Path,
     on_start: Callable[[int, int], None],
     on_metrics: Callable[[dict[str, Any]], None],
-    profiles: Path | None = None,
+    profiles: Path,
 ) -> Trained:
     """Trains from the newest intact checkpoint, or from the start.
 
@@ -136,7 +136,7 @@ def train_student(
     train_step = make_sharded_step(loss, optimiser, mixing, mesh, specs, c.accumulate)
     step = on_sharded_mesh(train_step, mesh, state, specs)
     measure = _make_measure(loss, [conversations[index] for index in held_out], c, mesh, specs)
-    predicted = contraction(schedule).mean_per_round
+    predicted, kind = contraction(schedule).mean_per_round, mesh.devices.flat[0].device_kind
     exchange_seconds = None
     if c.time_exchange:
         exchange_seconds = _exchange_seconds(state, mixing, schedule, mesh, specs)
@@ -153,7 +153,7 @@ def train_student(
         saver(checkpoints, c.async_checkpoints) as checkpoint,
         stop_on_sigterm() as stops,
         watchdog(c.step_seconds) as begins,
-        profiled(c.profiled if profiles else range(0), profiles or checkpoints) as before_step,
+        profiled(c.profiled, profiles) as before_step,
     ):
         before_step(first)
         for taken in run_steps(step, state, batch_at, schedule, range(first, steps), mesh):
@@ -167,12 +167,10 @@ def train_student(
             if stop or (not last and done % c.checkpoint_every == 0):
                 with timed(seconds, "checkpoint"):
                     checkpoint.save(done, taken.state, with_steps(segments, workers, done))
-            tokens = _tokens(examples, plan[taken.number])
-            flops = training_flops(student.config, *tokens, c.row_tokens)
-            kind, chips = mesh.devices.flat[0].device_kind, mesh.size
-            row |= {"tokens": tokens[0]}
-            row["measured"] = speed_row(seconds, tokens[0], flops, kind, chips, exchange_seconds)
-            on_metrics(row)
+            tokens, responses = _tokens(examples, plan[taken.number])
+            flops = training_flops(student.config, tokens, responses, c.row_tokens)
+            speed = speed_row(seconds, tokens, flops, kind, mesh.size, exchange_seconds)
+            on_metrics(row | {"tokens": tokens, "measured": speed})
             if stop:
                 checkpoint.finish()
                 raise KeyboardInterrupt

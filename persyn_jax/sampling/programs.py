@@ -162,7 +162,7 @@ def decode(
 
 
 def _logits(config: DecoderConfig, params: Params, hidden: jax.Array) -> jax.Array:
-    return decoder.logits(params, hidden, config.final_softcap)
+    return decoder.logits(config, params, hidden)
 
 
 def attend_to_cache(

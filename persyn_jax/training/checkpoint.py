@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from persyn_jax.training.batches import Segment
 from persyn_jax.training.step import TrainState
@@ -59,7 +60,7 @@ def saver(folder: Path, in_background: bool = True) -> Iterator[Saver]:
 
         def save(step: int, state: TrainState, segments: Sequence[Segment]) -> None:
             finish()
-            target = folder / f"{step:08d}"
+            target = _path(folder, step)
             # A damaged one of this very step may lie there.
             if _is_first():
                 _manifest(target).unlink(missing_ok=True)
@@ -105,22 +106,33 @@ def restore_newest(folder: Path, like: Callable[[int], TrainState]) -> Restored 
     """
     import orbax.checkpoint as ocp
 
-    checkpoints = _finished(folder)
-    for step, path in reversed(checkpoints):
-        if damage := _damage(path):
-            logger.warning("checkpoint passed over: %s", damage)
-            continue
-        values = json.loads(_manifest(path).read_bytes())["segments"]
-        segments = tuple(Segment(*value) for value in values)
-        wanted = like(segments[-1].workers)
-        with ocp.StandardCheckpointer() as checkpointer:
-            _check_shapes(path, checkpointer.metadata(path.resolve()), wanted)
-            return Restored(step, checkpointer.restore(path.resolve(), wanted), segments)
-    if checkpoints:
+    step = _agreed(_newest_intact(folder) if _is_first() else _NO_CHECKPOINT)
+    if step == _NONE_INTACT:
         raise RuntimeError(
             f"{folder}: holds checkpoints and none is intact; remove it to start afresh"
         )
-    return None
+    if step == _NO_CHECKPOINT:
+        return None
+    path = _path(folder, step)
+    values = json.loads(_manifest(path).read_bytes())["segments"]
+    segments = tuple(Segment(*value) for value in values)
+    wanted = like(segments[-1].workers)
+    with ocp.StandardCheckpointer() as checkpointer:
+        _check_shapes(path, checkpointer.metadata(path.resolve()), wanted)
+        return Restored(step, checkpointer.restore(path.resolve(), wanted), segments)
+
+
+_NO_CHECKPOINT, _NONE_INTACT = -1, -2  # in place of a step
+
+
+def _newest_intact(folder: Path) -> int:
+    """Its number of steps, or one of the above."""
+    checkpoints = _finished(folder)
+    for step, path in reversed(checkpoints):
+        if (damage := _damage(path)) is None:
+            return step
+        logger.warning("checkpoint passed over: %s", damage)
+    return _NONE_INTACT if checkpoints else _NO_CHECKPOINT
 
 
 def _check_shapes(path: Path, metadata: Any, wanted: TrainState) -> None:
@@ -160,8 +172,12 @@ def _remove_unfinished(folder: Path) -> None:
     """What a killed process left behind."""
     finished = {path for _, path in _finished(folder)}
     for path in folder.iterdir():
-        if path.is_dir() and path not in finished:
+        if path.name[:8].isdigit() and path.is_dir() and path not in finished:
             shutil.rmtree(path)
+
+
+def _path(folder: Path, step: int) -> Path:
+    return folder / f"{step:08d}"
 
 
 def _manifest(checkpoint: Path) -> Path:
@@ -196,6 +212,15 @@ def _damage(checkpoint: Path) -> str | None:
 
 def _is_first() -> bool:
     return jax.process_index() == 0
+
+
+def _agreed(step: int) -> int:
+    """What the first process says: it alone reads all the bytes."""
+    if jax.process_count() == 1:
+        return step
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.broadcast_one_to_all(np.int32(step)))
 
 
 def _wait_for_all(what: str) -> None:

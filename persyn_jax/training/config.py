@@ -64,7 +64,8 @@ class GossipConfig:
     """Who trains and how often parameters are mixed (GoSGD)."""
 
     workers: Annotated[int, Field(ge=1)] = 2
-    """M: each on a device of its own, with its own data, parameters and optimiser state."""
+    """M: each on mesh.fsdp * mesh.tensor devices of its own, with its own data, parameters and
+    optimiser state."""
     exchange_probability: Annotated[float, Field(ge=0, le=1)] = 0.25
     """p: chance that a worker pushes after a step; every worker throws its own coin."""
     audit: bool = False
@@ -102,7 +103,8 @@ class TrainConfig:
     async_checkpoints: bool = True
     """Write checkpoints in the background, from a copy, while training goes on."""
     step_seconds: Annotated[float, Field(gt=0)] = 3600.0
-    """The longest that a step may take, the first (which compiles) apart; then the process ends."""
+    """The longest that a step may take, with what is measured and saved after it; then the process
+    ends. The first, which compiles, may take any time."""
     track: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Where metrics go besides metrics.jsonl; each needs its own package."""
     profile_steps: Annotated[str, Field(pattern=r"^[0-9]+:[0-9]+$")] | None = None

@@ -1,6 +1,7 @@
 """The training loop: a generator that takes steps; who consumes it logs, measures and saves."""
 
 import contextlib
+import math
 import os
 import signal
 import sys
@@ -114,14 +115,15 @@ def watchdog(seconds: float) -> Iterator[Callable[[int], None]]:
     is watched. A peer that is stuck, not dead, would otherwise hold all others without a word: JAX
     only notices those that are gone. There is no way back from a collective, hence `os._exit`.
     """
-    began: list[tuple[int, float]] = []
+    began: dict[str, tuple[int, float]] = {}  # the newest step
     ended = threading.Event()
 
     def watch() -> None:
         while not ended.wait(min(1.0, seconds / 4)):
-            if began and time.monotonic() - began[-1][1] > seconds:
+            step, since = began.get("step", (0, math.inf))
+            if time.monotonic() - since > seconds:
                 print(
-                    f"error: rank {jax.process_index()}: training step {began[-1][0]} has not "
+                    f"error: rank {jax.process_index()}: training step {step} has not "
                     f"finished in {seconds:g} s (training.step_seconds): a process or a device is "
                     "stuck; the same command goes on from the last checkpoint",
                     file=sys.stderr,
@@ -131,6 +133,6 @@ def watchdog(seconds: float) -> Iterator[Callable[[int], None]]:
 
     threading.Thread(target=watch, daemon=True).start()
     try:
-        yield lambda step: began.append((step, time.monotonic()))
+        yield lambda step: began.update(step=(step, time.monotonic()))
     finally:
         ended.set()

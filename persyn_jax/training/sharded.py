@@ -59,9 +59,10 @@ def check_mesh(config: DecoderConfig, rows: int, responses: int, mesh: Mesh) -> 
 def parameter_specs(shapes: Params, mesh: Mesh) -> Params:
     """How each parameter of one worker is cut: a tree of `PartitionSpec`.
 
-    shapes: parameters, or their shapes. What does not divide evenly is left whole. So are norms,
-    biases and adapters along `fsdp`: they are small. The last axis is cut over `fsdp` only where no
-    other will do, since the exchange handles whole rows.
+    shapes: parameters, or their shapes. Heads and features must divide over `tensor`, see
+    `check_mesh`. What does not divide evenly over `fsdp` is left whole. So are norms, biases and
+    adapters there: they are small. The last axis is cut over `fsdp` only where no other will do,
+    since the exchange handles whole rows.
     """
 
     def spec(path, leaf) -> PartitionSpec:
@@ -75,7 +76,7 @@ def _spec(part: str, name: str, shape: tuple[int, ...], fsdp: int, tensor: int) 
     cut: dict[int, Any] = {}
     last = len(shape) - 1
     if name == "bias" and part in _OUT:
-        cut[last] = TENSOR if shape[last] % tensor == 0 else None
+        cut[last] = TENSOR
     elif part in _VOCABULARY:
         # Gathered whole before it is used, so any cut will do.
         axes = [axis for axis in (last - 1, last) if shape[axis] % (fsdp * tensor) == 0]

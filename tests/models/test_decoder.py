@@ -33,7 +33,7 @@ def test_equals_the_equations_of_llama(tied):
     config = numpy_llama.small_config(tied)
     params = numpy_llama.random_params(config, seed=1)
     hidden_BTD = forward(config, params, TOKENS_BT)
-    log_probabilities_BTV = jax.nn.log_softmax(decoder.logits(params, hidden_BTD))
+    log_probabilities_BTV = jax.nn.log_softmax(decoder.logits(config, params, hidden_BTD))
     for row, tokens in enumerate(TOKENS_BT):
         expected = numpy_llama.hidden_states(config, params, tokens)
         np.testing.assert_allclose(hidden_BTD[row], expected, rtol=0, atol=2e-4)

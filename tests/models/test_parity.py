@@ -37,7 +37,7 @@ def all_logits(config, params, tokens_BT):
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None], tokens_BT.shape)
     attend = decoder.attend_causally(jnp.ones_like(tokens_BT))
     hidden_BTD, _ = decoder.hidden_states(config, params, tokens_BT, positions_BT, attend)
-    return decoder.logits(params, hidden_BTD, config.final_softcap)
+    return decoder.logits(config, params, hidden_BTD)
 
 
 def mean_loss(config, params, tokens_BT):

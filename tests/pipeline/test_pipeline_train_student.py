@@ -34,6 +34,7 @@ def test_too_few_answers_are_refused_before_the_model_is_loaded(tmp_path, count)
             tmp_path,
             lambda first, steps: None,
             lambda row: None,
+            tmp_path,
         )
 
 
@@ -54,6 +55,7 @@ def train(folder, **gossip_values) -> list[dict]:
         folder,
         lambda first, steps: None,
         rows.append,
+        folder,
     )
     return [{key: value for key, value in row.items() if key != "measured"} for row in rows]
 
@@ -175,6 +177,7 @@ def test_a_training_goes_on_with_other_workers(tmp_path):
             tmp_path,
             lambda first, steps: starts.append((first, steps)),
             on_metrics,
+            tmp_path / "profile",
         )
         return starts[0], rows
 

@@ -70,7 +70,7 @@ def forward(params, tokens_1C):
     positions_1C = np.arange(C, dtype=np.int32)[None]
     attend = decoder.attend_causally(np.ones((1, C), np.int32))
     hidden_1CD, _ = decoder.hidden_states(MODEL.config, params, tokens_1C, positions_1C, attend)
-    return decoder.logits(params, hidden_1CD)[0]
+    return decoder.logits(MODEL.config, params, hidden_1CD)[0]
 
 
 def scores(request: Request, answer: list[int], params=MODEL.params) -> np.ndarray:

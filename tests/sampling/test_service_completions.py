@@ -43,7 +43,9 @@ def log_softmax(tokens: list[int]) -> np.ndarray:
         np.arange(len(tokens), dtype=np.int32)[None],
         decoder.attend_causally(np.ones_like(tokens_BT)),
     )
-    logits_TV = np.asarray(decoder.logits(model.params, hidden_BTD))[0].astype(np.float64)
+    logits_TV = np.asarray(decoder.logits(model.config, model.params, hidden_BTD))[0].astype(
+        np.float64
+    )
     top_T1 = logits_TV.max(axis=1, keepdims=True)
     return logits_TV - top_T1 - np.log(np.exp(logits_TV - top_T1).sum(axis=1, keepdims=True))
 

@@ -83,7 +83,7 @@ def test_logits_and_greedy_tokens_of_the_training_forward(smollm2):
         hidden_1TD, _ = decoder.hidden_states(
             smollm2.config, params, tokens_1T, positions_1T, attend
         )
-        return decoder.logits(params, hidden_1TD[:, len(PROMPT) - 1 : -1])[0]
+        return decoder.logits(smollm2.config, params, hidden_1TD[:, len(PROMPT) - 1 : -1])[0]
 
     logits_NV = np.asarray(forward(jax.device_put(smollm2.params), tokens_1T))
     assert tuple(logits_NV.argmax(axis=1).tolist()) == GREEDY

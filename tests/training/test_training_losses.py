@@ -41,7 +41,7 @@ def logits_of(params, tokens_T: jax.Array) -> jax.Array:
     attend = decoder.attend_causally(jnp.ones_like(tokens_BT))
     positions_BT = jnp.arange(TOKENS)[None]
     hidden_BTD, _ = decoder.hidden_states(RANDOM_TINY, params, tokens_BT, positions_BT, attend)
-    return decoder.logits(params, hidden_BTD)[0]
+    return decoder.logits(RANDOM_TINY, params, hidden_BTD)[0]
 
 
 def log_likelihoods(conversation: Conversation) -> list[float]:

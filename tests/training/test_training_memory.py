@@ -19,18 +19,9 @@ from persyn_jax.training.optimisers import make_optimiser
 from persyn_jax.training.precision import cast_loss
 from persyn_jax.training.step import init_state, make_train_step, on_mesh, placed_shapes
 
-SMALL = DecoderConfig(  # 19 million parameters in layers and embeddings as wide as a 30M model's
-    vocab_size=16384,
-    layers=8,
-    d_model=384,
-    d_ff=1024,
-    heads=6,
-    kv_heads=2,
-    head_dim=64,
-    rope_theta=10000.0,
-    norm_eps=1e-5,
-    tied_embeddings=True,
-    max_positions=2048,
+# 19 million parameters in layers and embeddings as wide as a 30M model's.
+SMALL = dataclasses.replace(
+    RANDOM_TINY, vocab_size=16384, layers=8, d_model=384, d_ff=1024, heads=6, head_dim=64
 )
 ROWS = TrainConfig(rows=4, row_tokens=256, row_response_tokens=64)
 SHORT = TrainConfig(rows=1, row_tokens=64, row_response_tokens=16)

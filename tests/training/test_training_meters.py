@@ -14,24 +14,15 @@ from persyn_jax.config import ConfigError, validate
 from persyn_jax.mesh import WORKER
 from persyn_jax.models import decoder
 from persyn_jax.models.decoder import DecoderConfig
+from persyn_jax.models.weights import RANDOM_TINY
 from persyn_jax.training import meters
 from persyn_jax.training.config import TrainConfig
 from persyn_jax.training.losses import response_loss
 from persyn_jax.training.memory import batch_shapes
 from persyn_jax.training.profiling import profiled
 
-MODEL = DecoderConfig(
-    vocab_size=1024,
-    layers=3,
-    d_model=256,
-    d_ff=512,
-    heads=4,
-    kv_heads=2,
-    head_dim=64,
-    rope_theta=10000.0,
-    norm_eps=1e-5,
-    tied_embeddings=True,
-    max_positions=2048,
+MODEL = dataclasses.replace(
+    RANDOM_TINY, vocab_size=1024, layers=3, d_model=256, d_ff=512, head_dim=64
 )
 
 
