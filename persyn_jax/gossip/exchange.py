@@ -235,8 +235,13 @@ def _column_sums(leaf: jax.Array) -> jax.Array:
 
 def _over_shards(part: jax.Array, exchange: Exchange) -> jax.Array:
     """Summed over the shards of a worker, but not over those that hold the same numbers."""
-    unlike = tuple(axis for axis in exchange.inner_axes if axis in _axes(part))
+    unlike = unlike_shards(part, exchange)
     return lax.psum(part, unlike) if unlike else part
+
+
+def unlike_shards(leaf: jax.Array, exchange: Exchange) -> tuple[str, ...]:
+    """The inner axes along which shards hold other numbers; only over these may they be reduced."""
+    return tuple(axis for axis in exchange.inner_axes if axis in _axes(leaf))
 
 
 def _axes(leaf: jax.Array) -> frozenset[str]:

@@ -15,7 +15,17 @@ import optax
 from jax import lax
 
 from persyn_jax.gossip.base import Array, MixingTransformation, Params, Round
-from persyn_jax.gossip.exchange import Exchange, average, incoming, mine, mix, outgoing, send, when
+from persyn_jax.gossip.exchange import (
+    Exchange,
+    average,
+    incoming,
+    mine,
+    mix,
+    outgoing,
+    send,
+    unlike_shards,
+    when,
+)
 
 
 class SumWeightState(NamedTuple):
@@ -248,9 +258,8 @@ def is_finite(updates: Params, exchange: Exchange) -> jax.Array:
     """bool[]: whether every number of this worker's `updates` is finite, in all of its shards."""
     finite = jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), updates)
     ok = jax.tree.reduce(jnp.logical_and, finite, jnp.bool_(True))
-    if not exchange.inner_axes:
-        return ok
-    return lax.pmin(ok.astype(jnp.int32), exchange.inner_axes) > 0
+    unlike = unlike_shards(ok, exchange)
+    return lax.pmin(ok.astype(jnp.int32), unlike) > 0 if unlike else ok
 
 
 def pull(

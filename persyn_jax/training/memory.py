@@ -46,9 +46,10 @@ def estimate_training_memory(
     """The memory of a full fine-tuning step; of the batch, the program and the host, nothing.
 
     What is kept is exact: it is read off the traced loss. The peak is either in the backward pass
-    or in the update, and how many buffers are alive there is as measured on a CPU, where it holds
-    to a fifth; other platforms lay out alike but have not been measured. shards: devices that share
-    a worker, taken to split parameters and batch evenly.
+    or in the update, and how many buffers are alive there is as measured on a CPU under JAX 0.10,
+    where it holds to a fifth (under 0.12 it was up to a third too much); other platforms lay out
+    alike but have not been measured. shards: devices that share a worker, taken to split parameters
+    and batch evenly.
     """
     stored = "float32" if platform == "cpu" else config.compute_dtype  # a CPU widens bfloat16
     params = parameter_shapes(model)
