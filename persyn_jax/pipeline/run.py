@@ -157,6 +157,9 @@ def run_stage(stage: Stage, run: Run) -> store.Manifest:
     summary = stage.work(run, checkpoints)
     seconds = time.monotonic() - started
     summary["measured"] = summary.get("measured", {}) | {"peak_memory_gb": _peak_memory_gb()}
+    commits = {model.weights: spec.commit(model) for model in stage.models(run.config)}
+    if known := {weights: commit for weights, commit in commits.items() if commit}:
+        summary["hub_commits"] = known
     if not run.is_first:
         return store.Manifest(stage.name, now.inputs, now.config, now.source, {}, summary, seconds)
     manifest = store.finish(run.folder, stage.name, now, list(stage.writes), summary, seconds)

@@ -180,6 +180,11 @@ def student_rows(run: Path) -> list[dict]:
     return [row for row in rows if row["stage"] == "train_student"]
 
 
+def whole_checkpoints(run: Path) -> list[Path]:
+    """The manifests of the checkpoints that are written to the end, oldest first."""
+    return sorted((run / "checkpoints").glob("*/*.manifest.json"))
+
+
 def timeless_metrics(run: Path) -> list[str]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [json.dumps({k: v for k, v in row.items() if k != "measured"}) for row in rows]

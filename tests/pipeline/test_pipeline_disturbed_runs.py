@@ -19,6 +19,7 @@ from pipeline_runs import (
     stored_answers,
     student_rows,
     wait_until,
+    whole_checkpoints,
 )
 
 pytestmark = pytest.mark.slow
@@ -55,14 +56,18 @@ def test_killed_in_generate_and_in_training_a_run_ends_like_an_undisturbed_one(
     committed = stored_answers(place.answers)
     assert calibrated + 3 <= len(committed) < len(undisturbed), "killed in generate"
 
-    place.kill_when(place.start("run_persyn.py"), lambda: len(student_rows(place.run)) >= 10)
+    # Checkpoints are written beside the steps: two of them are whole some time after step 10.
+    place.kill_when(
+        place.start("run_persyn.py"),
+        lambda: len(student_rows(place.run)) >= 10 and len(whole_checkpoints(place.run)) >= 2,
+    )
     after = stored_answers(place.answers)
     assert {key: after[key] for key in committed} == committed, "none lost, none asked again"
     assert set(after) == set(undisturbed)
     rows = student_rows(place.run)
     assert 10 <= len(rows) < len(student_rows(finished_run.place.run)), "killed in training"
 
-    older, newest = sorted((place.run / "checkpoints").glob("*/*.manifest.json"))
+    older, newest = whole_checkpoints(place.run)[-2:]
     damaged = next(newest.with_name(newest.name.split(".")[0]).rglob("_METADATA"))
     damaged.write_text("{}")
     third = place.finish("run_persyn.py")

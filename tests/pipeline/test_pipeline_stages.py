@@ -12,6 +12,7 @@ from pipeline_runs import SMOKE, small_config
 from persyn_jax import config as configs
 from persyn_jax import provenance, store
 from persyn_jax.config import ConfigError
+from persyn_jax.models import spec
 from persyn_jax.pipeline.config import RunConfig
 from persyn_jax.pipeline.run import Stage, open_run, run_stage
 from persyn_jax.pipeline.stages import STAGES
@@ -71,6 +72,13 @@ def test_a_finished_stage_is_not_run_again(tmp_path, capsys):
     assert capsys.readouterr().err.splitlines()[-1] == "copy: finished before"
     saved = configs.load(RunConfig, tmp_path / "smoke" / "config.yaml")
     assert saved == make_config(tmp_path)
+
+
+def test_the_commit_of_a_model_from_the_hub_stands_in_the_manifest(tmp_path, monkeypatch):
+    assert "hub_commits" not in run(make_stage(Copying()), make_config(tmp_path / "a")).summary
+    monkeypatch.setattr(spec, "commit", lambda model: f"commit of {model.weights}")
+    manifest = run(make_stage(Copying()), make_config(tmp_path / "b"))
+    assert manifest.summary["hub_commits"] == {"random:tiny": "commit of random:tiny"}
 
 
 def test_a_changed_config_is_refused_by_key_and_overwritten_on_request(tmp_path):
