@@ -23,6 +23,7 @@ def main() -> None:
 
     from persyn_jax import config, mesh, store
     from persyn_jax.bench import sampling_speed as speed
+    from persyn_jax.bench.peer import Peer
     from persyn_jax.models import weights
 
     loaded = config.load(speed.SpeedConfig, arguments.config, arguments.overrides)
@@ -34,7 +35,7 @@ def main() -> None:
             weights.save_folder(Path(folder), model)
             script = Path(speed.__file__).with_name("transformers_peer.py")
             command = [arguments.torch_python, str(script), folder]
-            peers.append(speed.Peer("transformers", command))
+            peers.append(Peer("transformers", command))
         try:
             for measured in speed.measure(loaded, model, peers):
                 for row in measured:

@@ -9,7 +9,6 @@ import asyncio
 import dataclasses
 import json
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -20,6 +19,7 @@ import numpy as np
 from pydantic import Field
 
 from persyn_jax import mesh as meshes
+from persyn_jax.bench.peer import Peer
 from persyn_jax.config import config_class
 from persyn_jax.models.rows import Conversation
 from persyn_jax.models.spec import ModelConfig
@@ -201,38 +201,6 @@ async def _ask_all(url: str, task: Task) -> int:
         return sum(await asyncio.gather(*asked))
 
 
-class Peer:
-    """A command that does tasks, one a line."""
-
-    def __init__(self, name: str, command: Sequence[str]):
-        self.name = name
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self._read()  # it is ready
-
-    def run(self, task: Task) -> tuple[int, float]:
-        """(tokens that count, seconds)."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(task.line())
-        self._process.stdin.flush()
-        reply = self._read()
-        return reply["tokens"], reply["seconds"]
-
-    def close(self) -> None:
-        with self._process:  # closes its pipes
-            self._process.kill()
-
-    def _read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            status = self._process.wait()
-            self.close()
-            raise RuntimeError(f"peer {self.name!r} ended with status {status}")
-        return json.loads(line)
-
-
 def measure(config: SpeedConfig, model: Model, peers: Sequence[Peer]) -> Iterator[list[Row]]:
     """Task by task: our row, then a row a peer."""
     vocab = model.config.vocab_size
@@ -266,8 +234,8 @@ def _compare(
         tokens = run(task)
         rates[0].append(tokens / (time.perf_counter() - started))
         for peer, own in zip(peers, rates[1:], strict=True):
-            tokens, seconds = peer.run(task)
-            own.append(tokens / seconds)
+            reply = peer.run(task.line())
+            own.append(reply["tokens"] / reply["seconds"])
     medians = [statistics.median(own[1:]) for own in rates]
     return [
         Row(name, who, median, medians[0] / median if index else None, own[1:])

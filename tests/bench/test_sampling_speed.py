@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from persyn_jax.bench import sampling_speed as speed
+from persyn_jax.bench.peer import Peer
 from persyn_jax.models import weights
 from persyn_jax.models.spec import ModelConfig
 
@@ -52,7 +53,7 @@ def test_the_mixed_task_is_one_task_asked_in_three_ways():
 
 
 def test_a_peer_is_compared_by_medians_without_the_first_turn():
-    peer = speed.Peer("fixed", [sys.executable, "-c", PEER])
+    peer = Peer("fixed", [sys.executable, "-c", PEER])
     try:
         rows = list(speed.measure(SMALL, weights.load(SMALL.model), [peer]))
     finally:
@@ -67,4 +68,4 @@ def test_a_peer_is_compared_by_medians_without_the_first_turn():
 
 def test_a_peer_that_ends_is_named():
     with pytest.raises(RuntimeError, match="peer 'gone' ended with status 3"):
-        speed.Peer("gone", [sys.executable, "-c", "raise SystemExit(3)"])
+        Peer("gone", [sys.executable, "-c", "raise SystemExit(3)"])

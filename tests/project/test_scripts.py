@@ -11,6 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PRESENT = {path.name for path in (ROOT / "scripts").glob("*.py")}
 DOCUMENTED = {
+    "train_speed.py",
+    "sampling_speed.py",
     "run_persyn.py",
     "calibrate.py",
     "score.py",
