@@ -83,20 +83,19 @@ class _Children:
         """
         for key, _ in self._selector.select(timeout=self._cpu_seconds):
             child = key.data
-            words = os.read(key.fd, 100).decode().split()  # short lines, each written at once
-            if not words and child not in self._started:
-                raise RuntimeError(
-                    "the process that compares answers of mathematics does not start"
-                )
+            assert child.stdout is not None
+            word = child.stdout.readline().decode().strip()  # one: what follows stays in the pipe
+            if not word and child not in self._started:
+                raise RuntimeError("the process that compares mathematics does not start")
             self._started.add(child)
-            if words == ["started"]:
+            if word == "started":
                 continue
             task = self.tasks.pop(child)
-            if words:
+            if word:
                 self._idle.append(child)
             else:
                 self._end(child)
-            yield task.place, cast(Verdict, words[-1] if words else "stopped")
+            yield task.place, cast(Verdict, word or "stopped")
         late = time.monotonic() - _CLOCK_SECONDS
         for child, task in list(self.tasks.items()):
             if task.since < late:

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pipeline_runs import small_config
 from scripted_endpoint import completion, serving
 
 from persyn_jax import mesh as meshes
+from persyn_jax import store as stores
 from persyn_jax.config import ConfigError, validate
 from persyn_jax.models import tokenizer
 from persyn_jax.models.rows import Conversation
@@ -22,7 +24,9 @@ from persyn_jax.pipeline.config import (
     VerifierQuality,
 )
 from persyn_jax.pipeline.quality import Quality, judge_prompt, measure
-from persyn_jax.records import Answer, Prompt
+from persyn_jax.pipeline.run import open_run, run_stage
+from persyn_jax.pipeline.stages import CALIBRATION_ANSWERS, PROMPTS, REWARDS, STAGES
+from persyn_jax.records import Answer, Prompt, Reward
 from persyn_jax.sampling.config import ClientConfig, TeacherConfig
 from persyn_jax.sampling.scoring import mean_log_likelihoods
 from persyn_jax.store import AnswerStore
@@ -99,7 +103,7 @@ ANSWERS = [
     make_answer("y", ""),
     make_answer("z", " "),
 ]
-PROMPTS = [make_prompt(name, answer=None) for name in "xyz"]
+THREE = [make_prompt(name, answer=None) for name in "xyz"]
 USABLE = [0, 1, 3]
 
 
@@ -111,7 +115,7 @@ def check_unusable(values: list[float]) -> None:
 
 
 def test_the_likelihood_of_the_conversation_under_the_other_model():
-    quality = measured(PROMPTS, ANSWERS, LikelihoodQuality(kind="likelihood", model=TINY))
+    quality = measured(THREE, ANSWERS, LikelihoodQuality(kind="likelihood", model=TINY))
     model = load(TINY, 0)
     text = "<|im_start|>user\nquestion {}<|im_end|>\n<|im_start|>assistant\n"
     rows = [
@@ -136,17 +140,17 @@ def reward_model(tmp_path) -> RewardModelQuality:
 
 
 def test_the_reward_does_not_depend_on_what_else_is_scored(reward_model):
-    quality = measured(PROMPTS, ANSWERS, reward_model)
+    quality = measured(THREE, ANSWERS, reward_model)
     check_unusable(quality.values)
     for row in USABLE:
-        (alone,) = measured(PROMPTS, [ANSWERS[row]], reward_model).values
+        (alone,) = measured(THREE, [ANSWERS[row]], reward_model).values
         assert alone == pytest.approx(quality.values[row], abs=1e-4)
     assert len({round(quality.values[row], 2) for row in USABLE}) == 3
 
 
 def test_a_conversation_longer_than_the_reward_model_reads(reward_model):
     with pytest.raises(ConfigError, match=r"prompt 'x' .* teacher 'a' has \d+ tokens; .* reads 64"):
-        measured(PROMPTS, [make_answer("x", "long " * 10)], reward_model)
+        measured(THREE, [make_answer("x", "long " * 10)], reward_model)
 
 
 # Judges
@@ -185,20 +189,20 @@ def test_a_judges_scores_are_asked_for_once_and_what_holds_none_is_counted(store
     with serving() as endpoint:
         endpoint.script = script
         config = make_judge(endpoint.url)
-        quality = measured(PROMPTS, ANSWERS, config, asking(store))
+        quality = measured(THREE, ANSWERS, config, asking(store))
         assert quality.values == [7.0, None, 6.0, None, -1.0, -1.0]
         assert quality.counts == {"unknown": 2, "judge_unreadable": 2}
         assert len(endpoint.requests) == 3
         assert {request["temperature"] for request in endpoint.requests} == {0}
-        again = measured(PROMPTS, ANSWERS, config, asking(store))
+        again = measured(THREE, ANSWERS, config, asking(store))
         assert again.values == quality.values
         assert len(endpoint.requests) == 3
         # Another way to read the replies costs nothing; another question is asked.
-        every = measured(PROMPTS, ANSWERS, make_judge(endpoint.url, highest=6), asking(store))
+        every = measured(THREE, ANSWERS, make_judge(endpoint.url, highest=6), asking(store))
         assert every.values[0] is None
         assert len(endpoint.requests) == 3
         other = make_judge(endpoint.url, template="{question}: {answer}?")
-        measured(PROMPTS, ANSWERS[:1], other, asking(store))
+        measured(THREE, ANSWERS[:1], other, asking(store))
         assert endpoint.requests[-1]["messages"][-1]["content"] == "question x: one answer?"
 
 
@@ -216,7 +220,7 @@ def test_a_judges_scores_are_asked_for_once_and_what_holds_none_is_counted(store
 def test_what_counts_as_a_score(store, reply, finish_reason, score):
     with serving() as endpoint:
         endpoint.script = lambda body, attempt: (200, completion(reply, finish_reason))
-        quality = measured(PROMPTS, ANSWERS[:1], make_judge(endpoint.url), asking(store))
+        quality = measured(THREE, ANSWERS[:1], make_judge(endpoint.url), asking(store))
     assert quality.values == [score]
 
 
@@ -226,8 +230,8 @@ def test_an_endpoint_that_fails_gives_no_score_and_is_asked_again(store):
             (500, b"") if attempt == 1 else (200, completion("[[4]]"))
         )
         config = make_judge(endpoint.url)
-        assert measured(PROMPTS, ANSWERS[:1], config, asking(store)).values == [None]
-        assert measured(PROMPTS, ANSWERS[:1], config, asking(store)).values == [4.0]
+        assert measured(THREE, ANSWERS[:1], config, asking(store)).values == [None]
+        assert measured(THREE, ANSWERS[:1], config, asking(store)).values == [4.0]
 
 
 def test_what_the_judge_reads():
@@ -268,3 +272,50 @@ def test_a_judge_that_cannot_be_is_refused(changes, message):
     values = {"kind": "judge", "judge": {"name": "j", "licence": "MIT"}, **changes}
     with pytest.raises(ConfigError, match=message):
         validate(JudgeQuality, values, "run.yaml")
+
+
+# The stage
+
+
+(SCORE,) = [stage for stage in STAGES if stage.name == "score"]
+
+
+def test_the_stage_writes_a_judges_scores_as_quality(tmp_path):
+    with serving() as endpoint:
+        endpoint.script = lambda body, attempt: (200, completion("[[9]]"))
+        config = small_config(
+            f"run.folder={tmp_path}",
+            f"run.answers={tmp_path / 'answers.sqlite'}",
+            "quality={kind: judge, judge: {name: judge, model: wise, licence: MIT}}",
+            f"quality.judge.base_url={endpoint.url}",
+        )
+        assert SCORE.models(config) == (config.student,)
+        config.run_folder.mkdir()
+        stores.write_records(config.run_folder / PROMPTS, THREE, Prompt)
+        stores.write_records(config.run_folder / CALIBRATION_ANSWERS, ANSWERS, Answer)
+        with open_run(config) as run:
+            manifest = run_stage(SCORE, run)
+    rewards = stores.read_records(config.run_folder / REWARDS, Reward)
+    assert [reward.quality for reward in rewards] == [9.0, 9.0, 8.0, 9.0, 8.0, -1.0]
+    assert manifest.summary["quality"] == {"unknown": 0, "judge_unreadable": 0}
+    assert manifest.summary["measured"]["asked"]["judge"]["answers"] == 3
+    assert manifest.config["quality.judge.model"] == '"wise"'
+
+
+def test_the_stage_depends_on_the_models_whose_word_quality_is():
+    own = small_config("quality={kind: judge, judge: {name: judge, licence: MIT}}")
+    assert SCORE.models(own) == (own.student, own.service.model)
+    for kind in ("reward_model", "likelihood"):
+        other = small_config(f"quality={{kind: {kind}, model: {{weights: elsewhere}}}}")
+        assert SCORE.models(other) == (other.student, ModelConfig(weights="elsewhere"))
+    assert SCORE.models(small_config()) == (small_config().student,)
+
+
+def test_a_judge_needs_somebody_to_answer():
+    teachers = "[{name: a, %s}, {name: b, %s}]".replace(
+        "%s", "model: m, base_url: 'http://a', licence: MIT"
+    )
+    words = ("service=null", f"teachers={teachers}")
+    assert small_config(*words).service is None
+    with pytest.raises(ConfigError, match=r"quality\.judge: has no base_url and .* no service"):
+        small_config(*words, "quality={kind: judge, judge: {name: judge, licence: MIT}}")
