@@ -116,11 +116,8 @@ def check_reference(reference: str) -> dict[str, Any]:
     try:
         whole = json.loads(reference)
         entry = whole["entry"]
-        task, _, _ = (
-            str(whole["task"]),
-            dict(whole["settings"]),
-            (entry["question"], entry["answer"]),
-        )
+        task, _ = str(whole["task"]), dict(whole["settings"])
+        _ = entry["question"], entry["answer"]
     except (ValueError, TypeError, KeyError):
         raise ConfigError(
             "the verifier reasoning_gym is for sources of kind reasoning_gym, or for references "

@@ -18,6 +18,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, cast
 
+from persyn_jax.evaluation import math_child
+
 CPU_SECONDS = 5.0
 """Processor time that an answer may take; nearly all take milliseconds."""
 
@@ -25,7 +27,7 @@ Verdict = Literal["right", "wrong", "stopped", "unreadable"]
 """`stopped`: out of time, or of memory where math-verify does not take that for wrong.
 `unreadable`: nothing in the reference reads as mathematics, so nothing can be right."""
 
-_CHILD = Path(__file__).with_name("math_child.py")
+_CHILD = Path(math_child.__file__)  # imported, so that a stage's fingerprint covers its source
 _PAIRS_PER_CHILD = 16  # a process takes about as long to start as to compare so many
 _CLOCK_SECONDS = 600.0  # for a process that does not even run
 
