@@ -26,10 +26,10 @@ class Prompt:
     """Name of the source that it comes from (a key of the config's `sources`)."""
     split: Split
     answer: str | None
-    """Reference answer; null where the source has none, and then quality is not measured (see
-    `routing.rewards`)."""
+    """Reference answer, in the form that the verifier reads; null where the source has none, and
+    then no verifier measures quality (see `pipeline.quality`)."""
     verifier: str
-    """Name of the function in `evaluation.verifiers` that compares an answer with the reference."""
+    """Name of the verifier in `evaluation.verifiers` that compares an answer with the reference."""
     source_licence: str
 
 
@@ -68,8 +68,8 @@ class Reward:
     teacher: str
     usable: bool
     quality: float | None
-    """Verifier's score in [0, 1]; 0 for an unusable answer; null where the prompt has no reference
-    answer."""
+    """By verifier: its score in [0, 1], 0 for an unusable answer, null where the prompt has no
+    reference answer. Otherwise what the config's `quality` measures (see `pipeline.quality`)."""
     learnability: float
     """Mean log-likelihood of a response token under the student, in nats; EOS counts if it was
     generated."""

@@ -24,7 +24,7 @@ from persyn_jax.evaluation.rows import (
     read_file,
     to_questions,
 )
-from persyn_jax.evaluation.verifiers import VerifierName
+from persyn_jax.evaluation.verifiers import VerifierName, check_reference
 from persyn_jax.records import Message, Prompt, Split
 from persyn_jax.streams import numpy_stream
 
@@ -61,7 +61,8 @@ class ReasoningGymSource:
     default."""
     counts: SplitCounts
     verifier: VerifierName = "exact_match"
-    """How an answer is compared with the reference: a name in `evaluation.verifiers`."""
+    """How an answer is compared with the reference: a name in `evaluation.verifiers`;
+    `reasoning_gym` is the task's own score."""
 
 
 @config_class
@@ -130,6 +131,8 @@ def load_prompts(
         distinct = _distinct(_questions(name, source, seed), seen)
         for split, question in _deal(name, source.counts, distinct):
             claim_id(question, where_of_id)
+            if question.answer is not None:
+                check_reference(source.verifier, question.answer, question.where)
             prompt = Prompt(
                 id=question.id,
                 messages=question.messages,
@@ -148,7 +151,8 @@ def _questions(name: str, source: SourceConfig, seed: int) -> Iterable[Question]
     if isinstance(source, ReasoningGymSource):
         task_seed = int(numpy_stream(seed, f"draws of source {name}").integers(2**31))
         draws = DRAWS_PER_PROMPT * source.counts.total
-        return draw(name, source.task, source.settings, task_seed, draws)
+        own_scorer = source.verifier == "reasoning_gym"
+        return draw(name, source.task, source.settings, task_seed, draws, own_scorer)
     if isinstance(source, FileSource):
         rows = read_file(source.path)
     else:

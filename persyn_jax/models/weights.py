@@ -1,8 +1,8 @@
 """Model weights in (package, GGUF file, Hugging Face folder or hub id, random) and out (folder)."""
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +61,17 @@ def load(model: ModelConfig, seed: int = 0) -> Model:
         file = gguf.read(path)
         config, tok = _checked(path, gguf.decoder_config(file)), tokenizer.from_gguf(file, template)
         params = _gguf_params(file, config)
+    check_vocabulary(path, config, tok)
+    return Model(config, params, tok)
+
+
+def check_vocabulary(path: Path, config: DecoderConfig, tok: tokenizer.Tokenizer) -> None:
+    """Raises ConfigError for a tokenizer with ids that the model has no embedding of."""
     if (last := max(tok.get_vocab().values())) >= config.vocab_size:
         raise ConfigError(
             f"{path}: token id {last} of the tokenizer is not in the model's vocabulary of "
             f"{config.vocab_size}"
         )
-    return Model(config, params, tok)
 
 
 def load_tokenizer(model: ModelConfig) -> tokenizer.Tokenizer:
@@ -111,9 +116,14 @@ def _gguf_params(file: gguf.GgufFile, config: DecoderConfig) -> Params:
     return _assemble(file.path, config, gguf.parameter_names(config), set(file.tensors), read)
 
 
-def folder_params(path: Path, config: DecoderConfig) -> Params:
-    """The parameters in a Hugging Face folder, as in `Model`. Raises ConfigError as `load`."""
-    tensors = folder.parameters_only(safetensors_file.open_folder(path), config)
+def folder_params(path: Path, config: DecoderConfig, without: Collection[str] = ()) -> Params:
+    """The parameters in a Hugging Face folder, as in `Model`. Raises ConfigError as `load`.
+
+    without: names of tensors that are none of the decoder's.
+    """
+    stored = safetensors_file.open_folder(path)
+    others = {name: tensor for name, tensor in stored.tensors.items() if name not in without}
+    tensors = folder.parameters_only(replace(stored, tensors=others), config)
     return _assemble(
         path, config, folder.parameter_names(config), set(tensors.tensors), tensors.read
     )

@@ -1,5 +1,6 @@
 """The config of a whole run: one YAML file. Light: imports no JAX."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -24,6 +25,72 @@ class RunSection:
     platform: Literal["cpu", "gpu", "tpu"] = "cpu"
     answers: Path = Path("runs/answers.sqlite")
     """The answer store, shared by runs; on a local disk."""
+
+
+@config_class
+class VerifierQuality:
+    """Quality is the score of each prompt's verifier, in [0, 1] (the paper's math setting)."""
+
+    kind: Literal["verifier"] = "verifier"
+
+
+@config_class
+class RewardModelQuality:
+    """Quality is the reward model's scalar, without bounds (the paper's instruction setting)."""
+
+    kind: Literal["reward_model"]
+    model: ModelConfig
+    """A Hugging Face folder or hub id of a `*ForSequenceClassification` model with one label."""
+
+
+@config_class
+class LikelihoodQuality:
+    """Quality is the mean log-likelihood of a response token under a larger model, in nats."""
+
+    kind: Literal["likelihood"]
+    model: ModelConfig
+
+
+@config_class
+class JudgeQuality:
+    """Quality is the score that a language model gives when it is asked to judge."""
+
+    kind: Literal["judge"]
+    judge: TeacherConfig
+    """Who judges: an endpoint as a teacher's. Greedy unless its `sampling` says otherwise; give it
+    as many `max_tokens` as its reasoning takes, for a verdict that is cut off does not count."""
+    template: str = (
+        "Judge how good the answer to the question below is: whether it is correct, helpful and to "
+        "the point. Explain shortly, then end with your score from 1 (worst) to 10 (best) in "
+        "double square brackets, such as [[5]].\n\n"
+        "# Question\n\n{question}\n\n# Answer\n\n{answer}"
+    )
+    """The judge's prompt. `{question}`, `{answer}` and `{reference}` are filled in; with
+    `{reference}`, prompts without a reference answer have no quality."""
+    pattern: str = r"\[\[\s*(-?\d+(?:\.\d+)?)\s*\]\]"
+    """Regular expression of the score; its one group is the number. The last match counts."""
+    lowest: float = 1.0
+    """Of the scale. A score outside it is taken for none."""
+    highest: float = 10.0
+
+    def __post_init__(self):
+        for name in ("{question}", "{answer}"):
+            if name not in self.template:
+                raise ValueError(f"template: must hold {name}")
+        try:
+            groups = re.compile(self.pattern).groups
+        except re.error as error:
+            raise ValueError(f"pattern {self.pattern!r}: no regular expression: {error}") from None
+        if groups != 1:
+            raise ValueError(f"pattern {self.pattern!r}: must have one group, has {groups}")
+        if self.lowest >= self.highest:
+            raise ValueError(f"lowest {self.lowest} must be below highest {self.highest}")
+
+
+QualityConfig = Annotated[
+    VerifierQuality | RewardModelQuality | LikelihoodQuality | JudgeQuality,
+    Field(discriminator="kind"),
+]
 
 
 @config_class
@@ -62,6 +129,8 @@ class RunConfig:
     """The run's own sampling service; needed by teachers without a base_url."""
     client: ClientConfig = ClientConfig()
     student: ModelConfig
+    quality: QualityConfig = VerifierQuality()
+    """What the quality of an answer is (PerSyn eq. 2)."""
     rewards: RewardConfig = RewardConfig()
     router: RouterConfig = RouterConfig()
     mesh: MeshConfig = MeshConfig()
@@ -78,10 +147,17 @@ class RunConfig:
             raise ValueError(
                 f"teachers: {lost[0]!r} has no base_url and the config has no service section"
             )
+        if self.own_judge and self.service is None:
+            raise ValueError("quality.judge: has no base_url and the config has no service section")
 
     @property
     def run_folder(self) -> Path:
         return self.run.folder / self.run.name
+
+    @property
+    def own_judge(self) -> bool:
+        """Whether the run's own service judges."""
+        return isinstance(self.quality, JudgeQuality) and self.quality.judge.base_url is None
 
     @property
     def router_backbone(self) -> ModelConfig:

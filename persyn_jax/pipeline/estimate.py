@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from persyn_jax import mesh as meshes
 from persyn_jax.evaluation.rows import SPLITS
+from persyn_jax.evaluation.verifiers import one_answer
 from persyn_jax.models import tokenizer, weights
 from persyn_jax.pipeline.config import RunConfig
 from persyn_jax.records import Prompt
@@ -53,7 +54,8 @@ def _tokens(config: RunConfig, prompts: Sequence[Prompt]) -> dict[str, int]:
     service = weights.load_tokenizer(config.service.model) if config.service else student
     asked, alone, answer = {}, {}, {}
     for prompt in prompts:
-        reference = tokenizer.response_ids(student, prompt.answer or "", ended=True)
+        known = None if prompt.answer is None else one_answer(prompt.verifier, prompt.answer)
+        reference = tokenizer.response_ids(student, known or "", ended=True)
         alone[prompt.id] = len(tokenizer.prompt_ids(student, prompt.messages))
         answer[prompt.id] = 1 + len(reference)
         asked[prompt.id] = [_asked(service, teacher, prompt) for teacher in config.teachers]

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from persyn_jax.evaluation.verifiers import VERIFIERS
+from persyn_jax.evaluation.verifiers import Case, verify
 from persyn_jax.models import tokenizer
 from persyn_jax.models.weights import Model
 from persyn_jax.records import Prompt, Score
@@ -39,6 +39,13 @@ def evaluate(
 def _scores(
     name: str, prompts: Sequence[Prompt], requests: list[Request], engine: Engine
 ) -> list[Score]:
+    completions = engine.generate(requests)
+    verified = verify(
+        [
+            Case(prompt.verifier, completion.text, prompt.answer or "")
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+    )
     return [
         Score(
             prompt_id=prompt.id,
@@ -46,7 +53,7 @@ def _scores(
             model=name,
             text=completion.text,
             finish_reason=completion.finish_reason,
-            score=VERIFIERS[prompt.verifier](completion.text, prompt.answer or ""),
+            score=score,
         )
-        for prompt, completion in zip(prompts, engine.generate(requests), strict=True)
+        for prompt, completion, score in zip(prompts, completions, verified.scores, strict=True)
     ]

@@ -13,7 +13,7 @@ from persyn_jax import store
 from persyn_jax.config import to_values
 from persyn_jax.evaluation.sources import FileSource
 from persyn_jax.models.spec import ModelConfig
-from persyn_jax.pipeline.config import RunConfig
+from persyn_jax.pipeline.config import LikelihoodQuality, RewardModelQuality, RunConfig
 from persyn_jax.pipeline.progress import say
 from persyn_jax.pipeline.run import Run, Stage
 from persyn_jax.records import Answer, Example, Prompt, Reward, Route, Score
@@ -48,18 +48,25 @@ def _calibrate(run: Run, _: Path) -> dict[str, Any]:
 
 def _score(run: Run, _: Path) -> dict[str, Any]:
     from persyn_jax.models.weights import load
+    from persyn_jax.pipeline.answers import Ask, Collected, collect_answers
+    from persyn_jax.pipeline.quality import measure
     from persyn_jax.pipeline.score import score
 
     config, mesh = run.config, run.mesh()
-    rewards = score(
-        run.read(PROMPTS, Prompt),
-        run.read(CALIBRATION_ANSWERS, Answer),
-        load(config.student, config.run.seed),
-        config.rewards,
-        mesh,
-    )
+    prompts, answers = run.read(PROMPTS, Prompt), run.read(CALIBRATION_ANSWERS, Answer)
+
+    def ask(asks: list[Ask]) -> Collected:
+        with store.AnswerStore(config.run.answers) as kept:
+            return collect_answers(
+                asks, run.own_weights(), kept, config.client, run.own_service, "judge"
+            )
+
+    # Before the student is loaded: quality may be another model's word.
+    quality = measure(prompts, answers, config.quality, mesh, config.run.seed, ask)
+    student = load(config.student, config.run.seed)
+    rewards = score(prompts, answers, quality.values, student, config.rewards, mesh)
     run.write(REWARDS, rewards, Reward)
-    return {"rewards": len(rewards)}
+    return {"rewards": len(rewards), "quality": quality.counts, "measured": quality.measured}
 
 
 def _train_router(run: Run, _: Path) -> dict[str, Any]:
@@ -312,6 +319,13 @@ def _student_model(config: RunConfig) -> tuple[ModelConfig, ...]:
     return (config.student,)
 
 
+def _scoring_models(config: RunConfig) -> tuple[ModelConfig, ...]:
+    """The student, and whose word the quality is."""
+    if isinstance(config.quality, (RewardModelQuality, LikelihoodQuality)):
+        return (config.student, config.quality.model)
+    return (config.student, *(_service_model(config) if config.own_judge else ()))
+
+
 def _backbone(config: RunConfig) -> tuple[ModelConfig, ...]:
     return (config.router_backbone,)
 
@@ -337,11 +351,11 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         name="score",
-        modules=("persyn_jax.pipeline.score",),
+        modules=("persyn_jax.pipeline.quality", "persyn_jax.pipeline.score"),
         reads=(PROMPTS, CALIBRATION_ANSWERS),
         writes=(REWARDS,),
-        section=_section("rewards"),
-        models=_student_model,
+        section=_section("quality", "rewards"),
+        models=_scoring_models,
         files=_none,
         work=_score,
     ),

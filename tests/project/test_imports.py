@@ -44,6 +44,7 @@ MAY_IMPORT_FLAX = {"models", "tests"}
 STANDS_ALONE = {
     Path(PACKAGE, "bench", "transformers_peer.py"),
     Path("tests", "models", "parity", "record_parity.py"),
+    Path("tests", "models", "reward_models", "record_rewards.py"),
 }
 
 
