@@ -16,10 +16,11 @@ from persyn_jax.models.spec import ModelConfig
 from persyn_jax.pipeline.config import RunConfig
 from persyn_jax.pipeline.progress import say
 from persyn_jax.pipeline.run import Run, Stage
-from persyn_jax.records import Answer, Example, Prompt, Reward, Route, Score
+from persyn_jax.records import Answer, Example, Measurement, Prompt, Reward, Route, Score
 
 PROMPTS = "prompts.parquet"
 CALIBRATION_ANSWERS = "calibration_answers.parquet"
+MEASUREMENTS = "measurements.parquet"
 REWARDS = "rewards.parquet"
 ROUTER = "router"
 ROUTES = "routes.parquet"
@@ -47,19 +48,25 @@ def _calibrate(run: Run, _: Path) -> dict[str, Any]:
 
 
 def _score(run: Run, _: Path) -> dict[str, Any]:
-    from persyn_jax.models.weights import load
-    from persyn_jax.pipeline.score import score
+    from persyn_jax.pipeline.score import score, scorer
 
     config, mesh = run.config, run.mesh()
-    rewards = score(
-        run.read(PROMPTS, Prompt),
-        run.read(CALIBRATION_ANSWERS, Answer),
-        load(config.student, config.run.seed),
-        config.rewards,
-        mesh,
-    )
-    run.write(REWARDS, rewards, Reward)
-    return {"rewards": len(rewards)}
+    with store.AnswerStore(config.run.answers) as answers:
+        scored = score(
+            run.read(PROMPTS, Prompt),
+            run.read(CALIBRATION_ANSWERS, Answer),
+            scorer(config.student, config.run.seed),
+            answers,
+            config.rewards,
+            mesh,
+        )
+    run.write(MEASUREMENTS, scored.measurements, Measurement)
+    run.write(REWARDS, scored.rewards, Reward)
+    return {
+        "rewards": len(scored.rewards),
+        "measured_answers": scored.measured_answers,
+        "reused_answers": scored.reused_answers,
+    }
 
 
 def _train_router(run: Run, _: Path) -> dict[str, Any]:
@@ -339,7 +346,7 @@ STAGES: tuple[Stage, ...] = (
         name="score",
         modules=("persyn_jax.pipeline.score",),
         reads=(PROMPTS, CALIBRATION_ANSWERS),
-        writes=(REWARDS,),
+        writes=(MEASUREMENTS, REWARDS),
         section=_section("rewards"),
         models=_student_model,
         files=_none,

@@ -4,12 +4,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from persyn_jax.config import ConfigError, validate
-from persyn_jax.records import Answer, Prompt
+from persyn_jax.records import Answer, Measurement, Prompt
 from persyn_jax.routing.rewards import (
     RewardConfig,
     combine,
     make_rewards,
     measure_quality,
+    rewards_at,
 )
 
 numbers = st.floats(-10, 10)
@@ -124,6 +125,58 @@ def test_another_normalisation_and_scope_by_hand():
         3
     )
     np.testing.assert_allclose(totals(scope="set"), z / 2)
+
+
+# From measurements
+
+
+def measurement(teacher, usable=True, **metrics):
+    nothing = dict.fromkeys(("mean_log_likelihood", "grape", "rsr", "ifd", "local_naturalness"))
+    return Measurement(
+        key=f"p/{teacher}",
+        prompt_id="p",
+        teacher=teacher,
+        usable=usable,
+        response_tokens=2,
+        **nothing | metrics,
+    )
+
+
+def test_a_sweep_of_alpha_needs_the_measurements_and_the_qualities_alone():
+    """Quality prefers b, learnability a: by min-max the total of a is alpha, of b 1 - alpha."""
+    measured = [
+        measurement("a", mean_log_likelihood=-1.0),
+        measurement("b", mean_log_likelihood=-3.0),
+        measurement("c", usable=False),
+    ]
+    for alpha in (0.0, 0.25, 0.5, 1.0):
+        config = RewardConfig(alpha=alpha, normalisation="min_max", scope="set")
+        rewards = rewards_at(measured, [0.0, 1.0, 0.0], config)
+        # the unusable answer is put at -4: learnability 1, 1/3 and 0
+        expected = [alpha, 1 - alpha + alpha / 3, 0]
+        np.testing.assert_allclose([r.total for r in rewards], expected, atol=1e-15)
+        assert [r.key for r in rewards] == ["p/a", "p/b", "p/c"]
+
+
+@pytest.mark.parametrize("name", ["rsr", "ifd"])
+def test_where_less_is_better_the_negative_is_taken(name):
+    measured = [measurement("a", **{name: 2.0}), measurement("b", **{name: 0.5})]
+    rewards = rewards_at(measured, [None, None], RewardConfig(learnability=name))
+    assert [r.learnability for r in rewards] == [-2.0, -0.5]
+    assert rewards[0].total < rewards[1].total
+
+
+def test_a_metric_that_was_not_measured_is_named():
+    measured = [measurement("a", mean_log_likelihood=-1.0)]
+    with pytest.raises(ValueError, match="prompt 'p', teacher 'a': ifd was not measured"):
+        rewards_at(measured, [1.0], RewardConfig(learnability="ifd"))
+
+
+def test_what_a_config_may_say_of_learnability():
+    with pytest.raises(ConfigError, match=r"learnability: input should be .*'rsr'.*, got 'rsa'"):
+        validate(RewardConfig, {"learnability": "rsa"}, "run.yaml")
+    with pytest.raises(ConfigError, match=r"scope: input should be 'prompt' or 'set', got 'all'"):
+        validate(RewardConfig, {"scope": "all"}, "run.yaml")
 
 
 # Unusable answers
