@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from persyn_jax import mesh as meshes
-from persyn_jax.config import fingerprint
+from persyn_jax.config import ConfigError, fingerprint
 from persyn_jax.evaluation.verifiers import VERIFIERS
 from persyn_jax.models import spec, weights
 from persyn_jax.models.rows import Conversation
@@ -82,7 +82,11 @@ def score(
     mesh: Mesh,
 ) -> Scored:
     """One measurement and one reward an answer: quality by verifier, learnability by the config's
-    metric (PerSyn eq. 1), total (eq. 2)."""
+    metric (PerSyn eq. 1), total (eq. 2).
+
+    Raises ConfigError where the store has measured another text under an answer's key, ValueError
+    where a log-probability is not finite.
+    """
     rows = conversations(student.tokenizer, prompts, answers)
     asked = _asked(answers, rows)
     columns = METRICS[config.learnability].columns
@@ -173,6 +177,8 @@ def _measure(
             for start in range(0, len(keys), _TOGETHER):
                 some = keys[start : start + _TOGETHER]
                 found = _pass(loaded, [asked[key] for key in some], lack, mesh)
+                for named in found:
+                    TokenScores(**named)  # raises before what cannot be is committed
                 store.put_measurements(model.fingerprint, dict(zip(some, found, strict=True)))
                 advance(len(some))
     return missing
@@ -227,11 +233,18 @@ def _read_metrics(
     for start in range(0, len(keys), _TOGETHER):  # the columns of all answers may be large
         some = keys[start : start + _TOGETHER]
         stored = store.get_measurements(some, model.fingerprint, columns)
-        found |= {key: metrics(_token_scores(stored[key])) for key in some}
+        found |= {key: metrics(_token_scores(asked[key], stored[key])) for key in some}
     return found
 
 
-def _token_scores(columns: dict[str, np.ndarray]) -> TokenScores:
+def _token_scores(one: _Asked, columns: dict[str, np.ndarray]) -> TokenScores:
     """The store has all numbers as float32."""
+    tokens = {len(values_T) for values_T in columns.values()}
+    if tokens != {len(one.row.response)}:
+        raise ConfigError(
+            f"answer {one.answer.key} to prompt {one.answer.prompt_id!r} has "
+            f"{len(one.row.response)} tokens, and the answer store has measured {tokens}: "
+            "two texts have one key"
+        )
     counts = {name: columns[name].astype(np.int32) for name in _COUNTS & columns.keys()}
     return TokenScores(**columns | counts)

@@ -1,8 +1,10 @@
 """Stage score: each metric against the full logits, and what is measured once and never again."""
 
+import dataclasses
 import re
 from itertools import chain
 
+import jax
 import numpy as np
 import pytest
 from engine_cases import MODEL, log_probabilities
@@ -10,6 +12,7 @@ from pipeline_runs import small_config
 
 from persyn_jax import mesh as meshes
 from persyn_jax import store
+from persyn_jax.config import ConfigError
 from persyn_jax.models.spec import ModelConfig
 from persyn_jax.models.tokenizer import prompt_ids
 from persyn_jax.pipeline.run import open_run, run_stage
@@ -195,6 +198,20 @@ def test_another_student_and_answers_that_are_new_are_measured(tmp_path):
     assert (more.measured_answers, more.reused_answers) == (1, 3)
     other = run_score(path, RewardConfig(), STUDENT._replace(fingerprint="other"))
     assert (other.measured_answers, other.reused_answers) == (USABLE, 0)
+
+
+def test_another_text_under_the_same_key_is_refused(tmp_path):
+    run_score(tmp_path / "answers.sqlite", RewardConfig(), answers=[answer("p", "brief", "7")])
+    with pytest.raises(ConfigError, match=r"answer p/brief to prompt 'p' has 3 tokens, .* \{2\}"):
+        run_score(tmp_path / "answers.sqlite", RewardConfig(), answers=[answer("p", "brief", "42")])
+
+
+def test_a_broken_students_numbers_are_not_kept(tmp_path):
+    nan = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), MODEL.params)
+    broken = STUDENT._replace(load=lambda: dataclasses.replace(MODEL, params=nan))
+    with pytest.raises(ValueError, match="log-probabilities must be finite"):
+        run_score(tmp_path / "answers.sqlite", RewardConfig(), broken)
+    assert run_score(tmp_path / "answers.sqlite", RewardConfig()).measured_answers == USABLE
 
 
 def test_a_random_student_is_known_by_its_seed_and_loaded_late():
