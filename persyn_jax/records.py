@@ -60,6 +60,30 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class Measurement:
+    """What the student's forward passes say of one answer: all that is needed to make its reward
+    anew with another alpha or normalisation.
+
+    The metrics are those of `routing.learnability`, each in its paper's own direction; null where
+    not measured, and for an unusable answer.
+    """
+
+    key: str
+    prompt_id: str
+    teacher: str
+    usable: bool
+    response_tokens: int
+    """|y| in the student's tokens; EOS counts if it was generated."""
+    mean_log_likelihood: float | None
+    grape: float | None
+    rsr: float | None
+    """Lower is better."""
+    ifd: float | None
+    """Lower is better."""
+    local_naturalness: float | None
+
+
+@dataclass(frozen=True)
 class Reward:
     """The reward of one answer for one student, with every term it is made of (PerSyn eq. 1, 2)."""
 
@@ -71,8 +95,9 @@ class Reward:
     """By verifier: its score in [0, 1], 0 for an unusable answer, null where the prompt has no
     reference answer. Otherwise what the config's `quality` measures (see `pipeline.quality`)."""
     learnability: float
-    """Mean log-likelihood of a response token under the student, in nats; EOS counts if it was
-    generated."""
+    """The config's metric, its sign turned where lower is better. By default the mean
+    log-likelihood of a response token under the student, in nats; EOS counts if it was generated.
+    """
     response_tokens: int
     quality_standardised: float
     learnability_standardised: float

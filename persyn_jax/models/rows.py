@@ -99,6 +99,45 @@ def response_log_likelihoods(
     Logits exist for response tokens only, and for CHUNK of each row at a time. recompute, layout:
     see `decoder.hidden_states`.
     """
+    hidden_BRD, head = _before_responses(config, params, rows, recompute, layout)
+    chosen_BR = in_chunks(
+        lambda hidden_BrD, targets_Br: _chosen(
+            decoder.logits(config, head, hidden_BrD), targets_Br
+        ),
+        hidden_BRD,
+        rows.targets,
+    )
+    return jnp.where(rows.weights > 0, chosen_BR, 0.0)
+
+
+def response_scores(
+    config: DecoderConfig, params: Params, rows: Rows
+) -> tuple[jax.Array, jax.Array]:
+    """`response_log_likelihoods`, and the rank of each response token among all, int32 [B, R].
+
+    The rank is 1 + the number of tokens that are likelier there; 0 where padded.
+    """
+    hidden_BRD, head = _before_responses(config, params, rows)
+
+    def scores(hidden_BrD: jax.Array, targets_Br: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits_BrV = decoder.logits(config, head, hidden_BrD)
+        own_Br1 = jnp.take_along_axis(logits_BrV, targets_Br[:, :, None], axis=2)
+        rank_Br = 1 + jnp.sum(logits_BrV > own_Br1, axis=2, dtype=jnp.int32)
+        return _chosen(logits_BrV, targets_Br), rank_Br
+
+    chosen_BR, rank_BR = in_chunks(scores, hidden_BRD, rows.targets)
+    real_BR = rows.weights > 0
+    return jnp.where(real_BR, chosen_BR, 0.0), jnp.where(real_BR, rank_BR, 0)
+
+
+def _before_responses(
+    config: DecoderConfig,
+    params: Params,
+    rows: Rows,
+    recompute: Recompute = "nothing",
+    layout: Layout = WHOLE,
+) -> tuple[jax.Array, Params]:
+    """The hidden state that each response token follows [B, R, D], and the head as parameters."""
     chex.assert_equal_shape([rows.tokens, rows.positions, rows.segments])
     chex.assert_equal_shape([rows.predictors, rows.targets, rows.weights])
     hidden_BTD, _ = decoder.hidden_states(
@@ -111,15 +150,7 @@ def response_log_likelihoods(
         layout=layout,
     )
     head = {"head": {"kernel": decoder.head_kernel(params, layout)}}
-    hidden_BRD = jnp.take_along_axis(hidden_BTD, rows.predictors[:, :, None], axis=1)
-    chosen_BR = in_chunks(
-        lambda hidden_BrD, targets_Br: _chosen(
-            decoder.logits(config, head, hidden_BrD), targets_Br
-        ),
-        hidden_BRD,
-        rows.targets,
-    )
-    return jnp.where(rows.weights > 0, chosen_BR, 0.0)
+    return jnp.take_along_axis(hidden_BTD, rows.predictors[:, :, None], axis=1), head
 
 
 def _chosen(logits_BRV: jax.Array, targets_BR: Array) -> jax.Array:

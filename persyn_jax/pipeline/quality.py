@@ -18,7 +18,7 @@ from persyn_jax.evaluation.verifiers import Case, one_answer, verify
 from persyn_jax.models.decoder import DecoderConfig
 from persyn_jax.models.reward_model import conversation_ids, load_reward_model, rewards
 from persyn_jax.models.spec import ModelConfig
-from persyn_jax.models.weights import load
+from persyn_jax.models.weights import load_config
 from persyn_jax.pipeline.answers import Ask, Collected
 from persyn_jax.pipeline.config import (
     JudgeQuality,
@@ -27,10 +27,12 @@ from persyn_jax.pipeline.config import (
     RewardModelQuality,
     VerifierQuality,
 )
+from persyn_jax.pipeline.score import likelihood_quality, scorer
 from persyn_jax.pipeline.tokens import conversations
 from persyn_jax.records import Answer, Message, Prompt
 from persyn_jax.routing.rewards import fill_unusable
-from persyn_jax.sampling.scoring import mean_log_likelihoods, pooled_states
+from persyn_jax.sampling.scoring import pooled_states
+from persyn_jax.store import AnswerStore
 
 
 class Quality(NamedTuple):
@@ -49,13 +51,15 @@ def measure(
     prompts: Sequence[Prompt],
     answers: Sequence[Answer],
     config: QualityConfig,
+    store: AnswerStore,
     mesh: Mesh,
     seed: int,
     ask: Callable[[list[Ask]], Collected],
 ) -> Quality:
     """The quality of each answer.
 
-    seed: of a model with random weights. ask: gets a judge's replies, stored or new.
+    store: keeps what a larger model says of an answer. seed: of a model with random weights. ask:
+    gets a judge's replies, stored or new.
     Raises ConfigError for a model that cannot be loaded, or with too short a context; and what
     `ask` raises.
     """
@@ -67,7 +71,7 @@ def measure(
         case RewardModelQuality():
             return by_reward_model(asked, answers, config.model, mesh)
         case LikelihoodQuality():
-            return by_likelihood(asked, answers, config.model, mesh, seed)
+            return by_likelihood(prompts, answers, config.model, store, mesh, seed)
         case JudgeQuality():
             return by_judge(asked, answers, config, ask)
 
@@ -104,14 +108,19 @@ def by_reward_model(
 
 
 def by_likelihood(
-    prompts: Sequence[Prompt], answers: Sequence[Answer], model: ModelConfig, mesh: Mesh, seed: int
+    prompts: Sequence[Prompt],
+    answers: Sequence[Answer],
+    model: ModelConfig,
+    store: AnswerStore,
+    mesh: Mesh,
+    seed: int,
 ) -> Quality:
-    """The mean log-likelihood of a response token under the model, in nats."""
+    """The mean log-likelihood of a response token under the model, in nats; `prompts` are all."""
+    judge = scorer(model, seed)
     rows = [row for row, answer in enumerate(answers) if answer.usable]
-    loaded = load(model, seed)
-    read = conversations(loaded.tokenizer, prompts, [answers[row] for row in rows])
-    _check_room([conversation.length for conversation in read], rows, answers, loaded.config)
-    return _unbounded(answers, rows, mean_log_likelihoods(loaded, read, mesh).tolist())
+    read = conversations(judge.tokenizer, prompts, [answers[row] for row in rows])
+    _check_room([one.length for one in read], rows, answers, load_config(model))
+    return _quality([*likelihood_quality(prompts, answers, judge, store, mesh)], {})
 
 
 def by_judge(

@@ -16,10 +16,11 @@ from persyn_jax.models.spec import ModelConfig
 from persyn_jax.pipeline.config import LikelihoodQuality, RewardModelQuality, RunConfig
 from persyn_jax.pipeline.progress import say
 from persyn_jax.pipeline.run import Run, Stage
-from persyn_jax.records import Answer, Example, Prompt, Reward, Route, Score
+from persyn_jax.records import Answer, Example, Measurement, Prompt, Reward, Route, Score
 
 PROMPTS = "prompts.parquet"
 CALIBRATION_ANSWERS = "calibration_answers.parquet"
+MEASUREMENTS = "measurements.parquet"
 REWARDS = "rewards.parquet"
 ROUTER = "router"
 ROUTES = "routes.parquet"
@@ -47,26 +48,31 @@ def _calibrate(run: Run, _: Path) -> dict[str, Any]:
 
 
 def _score(run: Run, _: Path) -> dict[str, Any]:
-    from persyn_jax.models.weights import load
     from persyn_jax.pipeline.answers import Ask, Collected, collect_answers
     from persyn_jax.pipeline.quality import measure
-    from persyn_jax.pipeline.score import score
+    from persyn_jax.pipeline.score import score, scorer
 
     config, mesh = run.config, run.mesh()
     prompts, answers = run.read(PROMPTS, Prompt), run.read(CALIBRATION_ANSWERS, Answer)
+    with store.AnswerStore(config.run.answers) as kept:
 
-    def ask(asks: list[Ask]) -> Collected:
-        with store.AnswerStore(config.run.answers) as kept:
+        def ask(asks: list[Ask]) -> Collected:
             return collect_answers(
                 asks, run.own_weights(), kept, config.client, run.own_service, "judge"
             )
 
-    # Before the student is loaded: quality may be another model's word.
-    quality = measure(prompts, answers, config.quality, mesh, config.run.seed, ask)
-    student = load(config.student, config.run.seed)
-    rewards = score(prompts, answers, quality.values, student, config.rewards, mesh)
-    run.write(REWARDS, rewards, Reward)
-    return {"rewards": len(rewards), "quality": quality.counts, "measured": quality.measured}
+        quality = measure(prompts, answers, config.quality, kept, mesh, config.run.seed, ask)
+        student = scorer(config.student, config.run.seed)
+        scored = score(prompts, answers, quality.values, student, kept, config.rewards, mesh)
+    run.write(MEASUREMENTS, scored.measurements, Measurement)
+    run.write(REWARDS, scored.rewards, Reward)
+    return {
+        "rewards": len(scored.rewards),
+        "measured_answers": scored.measured_answers,
+        "reused_answers": scored.reused_answers,
+        "quality": quality.counts,
+        "measured": quality.measured,
+    }
 
 
 def _train_router(run: Run, _: Path) -> dict[str, Any]:
@@ -353,7 +359,7 @@ STAGES: tuple[Stage, ...] = (
         name="score",
         modules=("persyn_jax.pipeline.quality", "persyn_jax.pipeline.score"),
         reads=(PROMPTS, CALIBRATION_ANSWERS),
-        writes=(REWARDS,),
+        writes=(MEASUREMENTS, REWARDS),
         section=_section("quality", "rewards"),
         models=_scoring_models,
         files=_none,

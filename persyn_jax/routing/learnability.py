@@ -1,16 +1,16 @@
 """Learnability: how well an answer suits a student, from what the student says of its tokens.
 
-The raw columns of an answer (`TokenScores`) are stored once. Every metric is a pure function of
-them, so one more metric, or another choice of it, costs no forward pass:
+The raw columns of an answer (`TokenScores`) are measured and stored once. Every metric is a pure
+function of them, so another choice among metrics of the same columns costs no forward pass:
 
     metric               columns                      better   forward passes for its columns
     mean_log_likelihood  log_likelihood               higher   one over prompt and answer
     grape                log_likelihood               higher   the same one
     rsr                  log_likelihood, rank         lower    the same one
     ifd                  log_likelihood, unconditional  lower  one more, over the answer alone
-    local_naturalness    local, step                  higher   one more, a step and its window each
+    local_naturalness    local, step                  higher   one a step, after prompt and window
 
-`learnability` turns the sign where lower is better, as `rewards` takes higher for better.
+`higher_is_better` turns the sign where lower is better, as rewards take higher for better.
 """
 
 from collections.abc import Callable
@@ -45,7 +45,7 @@ class TokenScores:
     unconditional_T: np.ndarray | None = None
     """log p(y_t | y_<t), without the prompt x."""
     local_T: np.ndarray | None = None
-    """log p(y_t | the tokens of its own step before it, and of a few steps before that)."""
+    """log p(y_t | x, a few steps before y_t's own, and what stands before y_t in its own)."""
     step_T: np.ndarray | None = None
     """int: the step (sentence, line) that the token belongs to, from 0 without gaps."""
 
@@ -75,6 +75,7 @@ def grape(log_likelihood_T: ArrayLike) -> float:
     """GRAPE (arXiv 2502.04194): the length-normalised probability p(y | x)^(1/|y|), in (0, 1].
 
     It is exp of `mean_log_likelihood`: the same order of answers, other distances between them.
+    (Others who compare with GRAPE take the logarithm, and then it is `mean_log_likelihood`.)
     Higher is better.
     """
     return float(np.exp(mean_log_likelihood(log_likelihood_T)))
@@ -106,9 +107,9 @@ def ifd(log_likelihood_T: ArrayLike, unconditional_T: ArrayLike) -> float:
 def local_naturalness(local_T: ArrayLike, step_T: ArrayLike) -> float:
     """Local naturalness, or LALP (arXiv 2510.03988). Higher is better.
 
-    LN(y) = 1/S sum_s 1/|s| sum_{t in s} log p(y_t | w_s, y_<t in s), w_s being the few steps
-    before step s: every step counts alike, however long. With one step and the prompt in its
-    window it is `mean_log_likelihood`.
+    LN(y) = 1/S sum_s 1/|s| sum_{t in s} log p(y_t | x, w_s, y_<t in s), w_s being the few steps
+    before step s: every step counts alike, however long. With one step it is
+    `mean_log_likelihood`.
     """
     tokens_S = np.bincount(step_T)
     sums_S = np.bincount(step_T, weights=np.asarray(local_T, dtype=np.float64))
@@ -133,14 +134,16 @@ METRICS: dict[MetricName, Metric] = {
 }
 
 
-def learnability(name: MetricName, scores: TokenScores) -> float:
-    """The metric of one answer, its sign turned where lower is better: higher is better here.
+def metrics(scores: TokenScores) -> dict[MetricName, float]:
+    """Every metric whose columns were all measured, each in its paper's own direction."""
+    found: dict[MetricName, float] = {}
+    for name, metric in METRICS.items():
+        columns = [getattr(scores, column) for column in metric.columns]
+        if all(values_T is not None for values_T in columns):
+            found[name] = metric.function(*columns)
+    return found
 
-    Raises ValueError where a column that it needs was not computed.
-    """
-    metric = METRICS[name]
-    columns = [getattr(scores, column) for column in metric.columns]
-    missing = [c for c, values_T in zip(metric.columns, columns, strict=True) if values_T is None]
-    if missing:
-        raise ValueError(f"learnability {name} needs the column {', '.join(missing)}")
-    return metric.sign * metric.function(*columns)
+
+def higher_is_better(name: MetricName, value: float) -> float:
+    """The metric's `value`, its sign turned where lower is better: an answer's learnability."""
+    return METRICS[name].sign * value

@@ -4,7 +4,7 @@ PerSyn does not say how terms are standardised: here by the z-score within each 
 else is asked for.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated
 
 import numpy as np
@@ -12,7 +12,8 @@ from numpy.typing import ArrayLike
 from pydantic import Field
 
 from persyn_jax.config import config_class
-from persyn_jax.records import Answer, Prompt, Reward
+from persyn_jax.records import Answer, Measurement, Prompt, Reward
+from persyn_jax.routing.learnability import MetricName, higher_is_better
 from persyn_jax.routing.normalisation import Normalisation, Scope, normalise
 
 UNUSABLE_GAP = 1.0
@@ -22,33 +23,18 @@ token, or whatever the metric is in."""
 
 @config_class
 class RewardConfig:
-    """How quality and learnability are combined."""
+    """How quality and learnability are measured and combined."""
 
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.4
     """Weight of learnability; quality has 1 - alpha. 0.4 is the paper's."""
-
-
-def measure_quality(
-    prompts: Sequence[Prompt],
-    answers: Sequence[Answer],
-    verifiers: Mapping[str, Callable[[str, str], float]],
-) -> list[float | None]:
-    """The verifier's score of each answer, in [0, 1].
-
-    0 if the answer is unusable; None, usable or not, if its prompt has no reference answer.
-    """
-    prompt_of = {prompt.id: prompt for prompt in prompts}
-    return [_quality(prompt_of[answer.prompt_id], answer, verifiers) for answer in answers]
-
-
-def _quality(
-    prompt: Prompt, answer: Answer, verifiers: Mapping[str, Callable[[str, str], float]]
-) -> float | None:
-    if prompt.answer is None:
-        return None
-    if not answer.usable:
-        return 0.0
-    return verifiers[prompt.verifier](answer.text, prompt.answer)
+    learnability: MetricName = "mean_log_likelihood"
+    """The metric of learnability: mean_log_likelihood (the paper's), grape, rsr, ifd or
+    local_naturalness; see `routing.learnability`. Of rsr and ifd, of which less is better, the
+    negative is taken."""
+    normalisation: Normalisation = "z_score"
+    """How quality and learnability are made comparable: z_score, min_max or rank."""
+    scope: Scope = "prompt"
+    """Among which answers: those to the same prompt (prompt) or all (set)."""
 
 
 def combine(
@@ -59,8 +45,40 @@ def combine(
     return (1 - alpha) * quality + alpha * learnability
 
 
+def rewards_at(
+    measurements: Sequence[Measurement],
+    quality: Sequence[float | None],
+    config: RewardConfig,
+) -> list[Reward]:
+    """One reward a measurement, in the same order. Runs no model: sweep alpha with it.
+
+    quality: as in `make_rewards`, parallel to `measurements`; what a `Reward` holds will do.
+    Raises ValueError where the config's metric was not measured for a usable answer.
+    """
+    learnability = []
+    for measurement in measurements:
+        value = getattr(measurement, config.learnability)
+        if measurement.usable and value is None:
+            raise ValueError(
+                f"prompt {measurement.prompt_id!r}, teacher {measurement.teacher!r}: "
+                f"{config.learnability} was not measured"
+            )
+        learnability.append(
+            np.nan if value is None else higher_is_better(config.learnability, value)
+        )
+    return make_rewards(
+        measurements,
+        quality,
+        learnability,
+        [measurement.response_tokens for measurement in measurements],
+        config.alpha,
+        config.normalisation,
+        config.scope,
+    )
+
+
 def make_rewards(
-    answers: Sequence[Answer],
+    answers: Sequence[Answer] | Sequence[Measurement],
     quality: Sequence[float | None],
     learnability: Sequence[float],
     response_tokens: Sequence[int],
@@ -70,11 +88,11 @@ def make_rewards(
 ) -> list[Reward]:
     """One reward an answer, in the order of `answers`; the other sequences run parallel to it.
 
-    quality: from `measure_quality`, or any other measure of which higher is better and that puts no
+    quality: any measure of which higher is better and that puts no
         unusable answer above a usable one; None where it is not known.
-    learnability: a metric of `learnability`, higher is better: in PerSyn the mean log-likelihood of
-        a response token under the student, in nats (eq. 1). What stands there for an unusable
-        answer does not count (NaN will do): see `fill_unusable`.
+    learnability: a metric of `learnability` of which higher is better (`higher_is_better`): in
+        PerSyn the mean log-likelihood of a response token under the student, in nats (eq. 1). What
+        stands there for an unusable answer does not count (NaN will do): see `fill_unusable`.
     response_tokens: |y|, EOS included if it was generated.
     alpha: weight of learnability (eq. 2), in [0, 1].
     normalisation, scope: how both terms are standardised, and among which answers.
@@ -82,7 +100,7 @@ def make_rewards(
     Raises ValueError where a usable answer's learnability is not finite.
     """
     prompt_ids = [answer.prompt_id for answer in answers]
-    filled = _filled_by_prompt(answers, learnability)
+    filled = fill_unusable_by_prompt(answers, learnability)
     known_quality = [np.nan if value is None else value for value in quality]
     quality_standardised = normalise(known_quality, prompt_ids, normalisation, scope)
     learnability_standardised = normalise(filled, prompt_ids, normalisation, scope)
@@ -104,7 +122,13 @@ def make_rewards(
     ]
 
 
-def _filled_by_prompt(answers: Sequence[Answer], learnability: Sequence[float]) -> np.ndarray:
+def fill_unusable_by_prompt(
+    answers: Sequence[Answer] | Sequence[Measurement], learnability: Sequence[float]
+) -> np.ndarray:
+    """`fill_unusable` within each prompt, float64, in the order of `answers`.
+
+    Raises ValueError where a usable answer's learnability is not finite.
+    """
     rows_of: dict[str, list[int]] = {}
     for row, answer in enumerate(answers):
         rows_of.setdefault(answer.prompt_id, []).append(row)

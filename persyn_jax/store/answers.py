@@ -1,4 +1,5 @@
-"""The answer store: one SQLite file, shared by runs and students: no answer is ever paid for twice.
+"""The answer store: one SQLite file, shared by runs and students: no answer is ever paid for twice,
+and none is measured twice by one model.
 
 It lives on the local disk of the driver machine: SQLite's locks fail on network file systems.
 """
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tenacity
 
 from persyn_jax.config import ConfigError
@@ -42,6 +44,20 @@ CREATE TABLE answers (
     created_at TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ', 'now'))
 )
 """
+
+
+# What models say of answers. A store made before there was this table gets it when it is opened,
+# and a program that does not know it passes it over: the version stays.
+_MEASUREMENTS = """
+CREATE TABLE IF NOT EXISTS measurements (
+    key TEXT NOT NULL,
+    model TEXT NOT NULL,
+    name TEXT NOT NULL,
+    tokens BLOB NOT NULL,
+    PRIMARY KEY (key, model, name)
+)
+"""
+_NUMBER = np.dtype("<f4")
 
 
 @dataclass(frozen=True)
@@ -94,6 +110,18 @@ ON CONFLICT (key) DO UPDATE SET {", ".join(f"{column} = excluded.{column}" for c
 WHERE answers.finish_reason = 'error'
 """
 
+_MEASURED = """
+SELECT key, name FROM measurements WHERE model = ? AND key IN (SELECT value FROM json_each(?))
+"""
+_SELECT_MEASUREMENTS = """
+SELECT key, name, tokens FROM measurements
+WHERE model = ? AND key IN (SELECT value FROM json_each(?))
+AND name IN (SELECT value FROM json_each(?))
+"""
+_PUT_MEASUREMENT = """
+INSERT INTO measurements (key, model, name, tokens) VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING
+"""
+
 # SQLite's own waiting does not cover the change to WAL, where two openers of a new file may meet.
 _while_busy = tenacity.Retrying(
     retry=tenacity.retry_if_exception(
@@ -116,8 +144,8 @@ def answer_key(messages: list[Message], teacher_fingerprint: str, sample_index: 
 class AnswerStore:
     """An open answer store; threads may share one, processes open their own. A context manager.
 
-    A call of `put` or `put_all` that returned is on the disk: neither a kill nor a power loss takes
-    it away.
+    A call of `put`, `put_all` or `put_measurements` that returned is on the disk: neither a kill
+    nor a power loss takes it away.
     All methods raise ConfigError naming the file: not a store, not writable, disk full, locked for
     a minute by others.
     """
@@ -149,28 +177,70 @@ class AnswerStore:
 
     def put_all(self, answers: Iterable[StoredAnswer]) -> None:
         """Commits all of `answers` at once, or none: much faster than one by one."""
-        rows = [_to_row(answer) for answer in answers]
-        with self._errors_named(), self._lock:
-            self._connection.execute("BEGIN IMMEDIATE")
-            try:
-                self._connection.executemany(_PUT, rows)
-                self._connection.execute("COMMIT")
-            except BaseException:
-                # A full disk may have ended the transaction already.
-                if self._connection.in_transaction:
-                    self._connection.execute("ROLLBACK")
-                raise
+        self._commit(_PUT, [_to_row(answer) for answer in answers])
 
     def count(self) -> int:
         """Number of rows."""
         with self._errors_named(), self._lock:
             return self._connection.execute("SELECT count(*) FROM answers").fetchone()[0]
 
+    def measured(self, keys: Iterable[str], model: str) -> dict[str, set[str]]:
+        """Which columns `model` (a fingerprint) has measured of the answers `keys`: names by key.
+
+        A key of which nothing was measured is left out.
+        """
+        with self._errors_named(), self._lock:
+            rows = self._connection.execute(_MEASURED, [model, json.dumps(list(keys))]).fetchall()
+        names: dict[str, set[str]] = {}
+        for key, name in rows:
+            names.setdefault(key, set()).add(name)
+        return names
+
+    def get_measurements(
+        self, keys: Iterable[str], model: str, names: Iterable[str]
+    ) -> dict[str, dict[str, np.ndarray]]:
+        """The stored columns among `names` of the answers `keys`: float32 [T], by key and name."""
+        arguments = [model, json.dumps(list(keys)), json.dumps(list(names))]
+        with self._errors_named(), self._lock:
+            rows = self._connection.execute(_SELECT_MEASUREMENTS, arguments).fetchall()
+        columns: dict[str, dict[str, np.ndarray]] = {}
+        for key, name, tokens in rows:
+            columns.setdefault(key, {})[name] = np.frombuffer(tokens, _NUMBER)
+        return columns
+
+    def put_measurements(self, model: str, columns: dict[str, dict[str, np.ndarray]]) -> None:
+        """Commits columns that `model` has measured, by answer key and name; all at once.
+
+        They are kept as float32, in which counts are exact up to 2^24. A column that is there
+        already stays as it is.
+        """
+        self._commit(
+            _PUT_MEASUREMENT,
+            [
+                (key, model, name, np.asarray(tokens_T, _NUMBER).tobytes())
+                for key, named in columns.items()
+                for name, tokens_T in named.items()
+            ],
+        )
+
     def __enter__(self) -> "AnswerStore":
         return self
 
     def __exit__(self, *exception) -> None:
         self._connection.close()
+
+    def _commit(self, statement: str, rows: list) -> None:
+        """Runs the statement on all of the rows, or on none."""
+        with self._errors_named(), self._lock:
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                self._connection.executemany(statement, rows)
+                self._connection.execute("COMMIT")
+            except BaseException:
+                # A full disk may have ended the transaction already.
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+                raise
 
     def _set_up(self) -> None:
         execute = self._connection.execute
@@ -181,9 +251,11 @@ class AnswerStore:
             execute(_TABLE)
             execute(f"PRAGMA application_id = {_APPLICATION_ID}")
             execute(f"PRAGMA user_version = {_VERSION}")
-        execute("COMMIT")
         (application_id,) = execute("PRAGMA application_id").fetchone()
         (version,) = execute("PRAGMA user_version").fetchone()
+        if (application_id, version) == (_APPLICATION_ID, _VERSION):
+            execute(_MEASUREMENTS)
+        execute("COMMIT")
         if application_id != _APPLICATION_ID:
             raise ConfigError(f"{self._path}: a database of another program, not an answer store")
         if version != _VERSION:

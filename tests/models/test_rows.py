@@ -16,6 +16,7 @@ from persyn_jax.models.rows import Conversation
 CONFIG = numpy_llama.small_config(tied=True)
 PARAMS = numpy_llama.random_params(CONFIG, seed=0)
 LIKELIHOODS = jax.jit(functools.partial(rows.response_log_likelihoods, CONFIG))
+SCORES = jax.jit(functools.partial(rows.response_scores, CONFIG))
 STATES = jax.jit(functools.partial(rows.last_states, CONFIG))
 
 B, T, R = 3, 32, 12
@@ -62,6 +63,25 @@ def test_a_conversation_packed_with_others_has_the_likelihoods_it_has_alone(pack
 def test_a_row_is_bitwise_the_same_beside_padding_and_beside_other_rows(packed, place):
     moved = [packed[place]] + [[]] * (B - 1)
     np.testing.assert_array_equal(likelihoods(packed)[place], likelihoods(moved)[0])
+
+
+@given(st.lists(row, min_size=B, max_size=B))
+@settings(max_examples=10)
+def test_ranks_count_the_likelier_tokens(packed):
+    arrays = rows.pack(packed, T, R)
+    log_likelihood_BR, rank_BR = map(np.asarray, SCORES(PARAMS, arrays))
+    np.testing.assert_array_equal(log_likelihood_BR, LIKELIHOODS(PARAMS, arrays))
+    for found, conversations in zip(rank_BR, packed, strict=True):
+        lowest, highest = [], []  # two tokens may be as good as equal
+        for c in conversations:
+            after = numpy_llama.log_probabilities(CONFIG, PARAMS, [*c.prompt, *c.response])
+            after = after[len(c.prompt) - 1 :][: len(c.response)]
+            own = after[np.arange(len(c.response)), list(c.response)][:, None]
+            lowest += (1 + (after > own + 1e-3).sum(axis=1)).tolist()
+            highest += (after > own - 1e-3).sum(axis=1).tolist()
+        padding = [0] * (R - len(lowest))
+        assert (np.array(lowest + padding) <= found).all()
+        assert (found <= np.array(highest + padding)).all()
 
 
 def test_pack_lays_out_what_it_says():

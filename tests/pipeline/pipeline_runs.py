@@ -36,7 +36,10 @@ SMALL = (
     "training={epochs: 5, rows: 1, row_tokens: 320, row_response_tokens: 128, held_out: 4,"
     " measure_every: 4, checkpoint_every: 4}",
 )
-TABLES = ("prompts", "calibration_answers", "rewards", "routes", "answers", "examples", "scores")
+TABLES = (
+    *("prompts", "calibration_answers", "measurements", "rewards", "routes", "answers"),
+    *("examples", "scores"),
+)
 STAGES = (
     "calibrate",
     "score",

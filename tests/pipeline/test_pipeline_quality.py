@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -68,7 +69,8 @@ def nobody(asks):
 
 
 def measured(prompts, answers, config, ask=nobody) -> Quality:
-    return measure(prompts, answers, config, meshes.make_mesh(1), 0, ask)
+    with TemporaryDirectory() as folder, AnswerStore(Path(folder) / "answers.sqlite") as store:
+        return measure(prompts, answers, config, store, meshes.make_mesh(1), 0, ask)
 
 
 def test_each_prompts_own_verifier_and_no_word_on_what_cannot_be_known():

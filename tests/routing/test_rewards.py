@@ -4,12 +4,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from persyn_jax.config import ConfigError, validate
-from persyn_jax.records import Answer, Prompt
+from persyn_jax.pipeline.quality import by_verifier
+from persyn_jax.records import Answer, Measurement, Prompt
 from persyn_jax.routing.rewards import (
     RewardConfig,
     combine,
     make_rewards,
-    measure_quality,
+    rewards_at,
 )
 
 numbers = st.floats(-10, 10)
@@ -22,7 +23,7 @@ def prompt(prompt_id="p", answer="7"):
         source="sums",
         split="calibration",
         answer=answer,
-        verifier="same",
+        verifier="exact_match",
         source_licence="MIT",
     )
 
@@ -43,11 +44,14 @@ def answer(teacher, text="7", finish_reason="stop", prompt_id="p"):
     )
 
 
-VERIFIERS = {"same": lambda text, reference: float(text == reference)}
+def qualities(prompts, answers):
+    """By `exact_match`: 0 for unusable answers, None without a reference."""
+    prompt_of = {one.id: one for one in prompts}
+    return by_verifier([prompt_of[one.prompt_id] for one in answers], answers).values
 
 
 def rewards_of(answers, learnability, alpha=0.4, prompts=None):
-    quality = measure_quality(prompts or [prompt()], answers, VERIFIERS)
+    quality = qualities(prompts or [prompt()], answers)
     return make_rewards(answers, quality, learnability, [2] * len(answers), alpha)
 
 
@@ -108,7 +112,7 @@ def test_another_normalisation_and_scope_by_hand():
     # Two prompts, two teachers; quality 1, 0 and 0, 0; learnability -1, -3 and -2, -5.
     answers = [answer("a"), answer("b", "8"), answer("a", "8", prompt_id="q")]
     answers.append(answer("b", "9", prompt_id="q"))
-    quality = measure_quality([prompt("p"), prompt("q")], answers, VERIFIERS)
+    quality = qualities([prompt("p"), prompt("q")], answers)
     learnability = [-1.0, -3.0, -2.0, -5.0]
 
     def totals(**how):
@@ -126,13 +130,65 @@ def test_another_normalisation_and_scope_by_hand():
     np.testing.assert_allclose(totals(scope="set"), z / 2)
 
 
+# From measurements
+
+
+def measurement(teacher, usable=True, **metrics):
+    nothing = dict.fromkeys(("mean_log_likelihood", "grape", "rsr", "ifd", "local_naturalness"))
+    return Measurement(
+        key=f"p/{teacher}",
+        prompt_id="p",
+        teacher=teacher,
+        usable=usable,
+        response_tokens=2,
+        **nothing | metrics,
+    )
+
+
+def test_a_sweep_of_alpha_needs_the_measurements_and_the_qualities_alone():
+    """Quality prefers b, learnability a: by min-max the total of a is alpha, of b 1 - alpha."""
+    measured = [
+        measurement("a", mean_log_likelihood=-1.0),
+        measurement("b", mean_log_likelihood=-3.0),
+        measurement("c", usable=False),
+    ]
+    for alpha in (0.0, 0.25, 0.5, 1.0):
+        config = RewardConfig(alpha=alpha, normalisation="min_max", scope="set")
+        rewards = rewards_at(measured, [0.0, 1.0, 0.0], config)
+        # the unusable answer is put at -4: learnability 1, 1/3 and 0
+        expected = [alpha, 1 - alpha + alpha / 3, 0]
+        np.testing.assert_allclose([r.total for r in rewards], expected, atol=1e-15)
+        assert [r.key for r in rewards] == ["p/a", "p/b", "p/c"]
+
+
+@pytest.mark.parametrize("name", ["rsr", "ifd"])
+def test_where_less_is_better_the_negative_is_taken(name):
+    measured = [measurement("a", **{name: 2.0}), measurement("b", **{name: 0.5})]
+    rewards = rewards_at(measured, [None, None], RewardConfig(learnability=name))
+    assert [r.learnability for r in rewards] == [-2.0, -0.5]
+    assert rewards[0].total < rewards[1].total
+
+
+def test_a_metric_that_was_not_measured_is_named():
+    measured = [measurement("a", mean_log_likelihood=-1.0)]
+    with pytest.raises(ValueError, match="prompt 'p', teacher 'a': ifd was not measured"):
+        rewards_at(measured, [1.0], RewardConfig(learnability="ifd"))
+
+
+def test_what_a_config_may_say_of_learnability():
+    with pytest.raises(ConfigError, match=r"learnability: input should be .*'rsr'.*, got 'rsa'"):
+        validate(RewardConfig, {"learnability": "rsa"}, "run.yaml")
+    with pytest.raises(ConfigError, match=r"scope: input should be 'prompt' or 'set', got 'all'"):
+        validate(RewardConfig, {"scope": "all"}, "run.yaml")
+
+
 # Unusable answers
 
 
 def test_an_unusable_answer_has_quality_0_even_if_its_text_is_right():
     cut_off = answer("a", text="7", finish_reason="length")
-    assert measure_quality([prompt()], [cut_off], VERIFIERS) == [0.0]
-    assert measure_quality([prompt(answer=None)], [cut_off], VERIFIERS) == [None]
+    assert qualities([prompt()], [cut_off]) == [0.0]
+    assert qualities([prompt(answer=None)], [cut_off]) == [None]
 
 
 unusable = st.sampled_from([("", "stop"), ("7", "length"), ("", "error")])
@@ -153,7 +209,7 @@ def test_an_unusable_answer_is_worse_than_every_usable_one(
     rows = good + bad
     answers = [answer(f"t{n}", text, reason) for n, ((text, reason), _) in enumerate(rows)]
     learnability = [value for _, value in rows]
-    quality = measure_quality([prompt(answer=reference)], answers, VERIFIERS)
+    quality = qualities([prompt(answer=reference)], answers)
     rewards = make_rewards(
         answers, quality, learnability, [2] * len(answers), alpha, normalisation, scope
     )

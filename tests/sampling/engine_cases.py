@@ -1,10 +1,13 @@
 """The engine under test: a tiny random model, shapes small enough that everything happens often."""
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 
+import jax
 import numpy as np
 
-from persyn_jax.models import weights
+from persyn_jax.models import decoder, weights
 from persyn_jax.models.spec import ModelConfig
 from persyn_jax.models.weights import Model
 from persyn_jax.sampling.config import EngineConfig
@@ -31,6 +34,24 @@ CONFIG = EngineConfig(
     score_rows=2,
 )
 _PREFIXES = np.random.default_rng(0).integers(3, 259, (3, 24)).tolist()
+
+
+def log_probabilities(model: Model, tokens: Sequence[int]) -> np.ndarray:
+    """log p(next token) after each token of one sequence, from its full logits: float64 [T, V]."""
+    longest = 256
+    padded_1T = np.zeros((1, longest), np.int32)
+    padded_1T[0, : len(tokens)] = tokens
+    logits_TV = np.asarray(_full_logits(model.config, model.params, padded_1T)[0], np.float64)
+    logits_TV = logits_TV[: len(tokens)]
+    return logits_TV - np.log(np.exp(logits_TV).sum(axis=1, keepdims=True))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _full_logits(config, params, tokens_1T):
+    positions_1T = np.arange(tokens_1T.shape[1], dtype=np.int32)[None]
+    attend = decoder.attend_causally(np.ones_like(positions_1T))
+    hidden_1TD, _ = decoder.hidden_states(config, params, tokens_1T, positions_1T, attend)
+    return decoder.logits(config, params, hidden_1TD)
 
 
 def random_request(rng: np.random.Generator, max_tokens: int = 12) -> Request:

@@ -3,12 +3,20 @@
 import jax
 import numpy as np
 import pytest
-from engine_cases import MODEL
+from engine_cases import MODEL, log_probabilities
 
 from persyn_jax import mesh as meshes
 from persyn_jax.models import rows
 from persyn_jax.models.rows import Conversation
-from persyn_jax.sampling.scoring import mean_log_likelihoods, pooled_states
+from persyn_jax.models.tokenizer import response_ids
+from persyn_jax.sampling.scoring import (
+    in_steps,
+    mean_log_likelihoods,
+    pooled_states,
+    response_steps,
+    score_tokens,
+    without_prompt,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -44,6 +52,83 @@ def test_results_follow_the_callers_order_and_equal_conversations_are_equal():
     np.testing.assert_array_equal(shuffled, means[order])
 
 
+def test_tokens_have_the_scores_that_the_full_logits_give_them():
+    scores = score_tokens(MODEL, CONVERSATIONS, meshes.make_mesh(2), ranks=True)
+    for found, conversation in zip(scores, CONVERSATIONS, strict=True):
+        after_TV = log_probabilities(MODEL, conversation.prompt + conversation.response)
+        after_TV = after_TV[len(conversation.prompt) - 1 : -1]
+        own_T = after_TV[np.arange(len(after_TV)), list(conversation.response)]
+        np.testing.assert_allclose(found.log_likelihood_T, own_T, atol=1e-4)
+        # Two tokens may be as good as equal.
+        lowest_T = 1 + (after_TV > own_T[:, None] + 1e-3).sum(axis=1)
+        highest_T = (after_TV > own_T[:, None] - 1e-3).sum(axis=1)
+        assert (lowest_T <= found.rank_T).all()
+        assert (found.rank_T <= highest_T).all()
+    assert max(found.rank_T.max() for found in scores) > 100
+
+
+def test_scores_are_bitwise_the_same_alone_with_others_and_with_ranks():
+    """So that what was measured in another run is what this one would have measured."""
+    mesh = meshes.make_mesh(2)
+    together = score_tokens(MODEL, CONVERSATIONS, mesh)
+    with_ranks = score_tokens(MODEL, CONVERSATIONS, mesh, ranks=True)
+    alone = [score_tokens(MODEL, [c], mesh)[0] for c in CONVERSATIONS[:4]]
+    for one, other in (
+        *zip(together, with_ranks, strict=True),
+        *zip(together, alone, strict=False),
+    ):
+        np.testing.assert_array_equal(one.log_likelihood_T, other.log_likelihood_T)
+    assert together[0].rank_T is None
+
+
+def test_long_answers_are_scored_in_chunks():
+    long = Conversation(tokens(20), tokens(150))
+    (found,) = score_tokens(MODEL, [long], meshes.make_mesh(2), ranks=True)
+    after_TV = log_probabilities(MODEL, long.prompt + long.response)[19:-1]
+    own_T = after_TV[np.arange(150), list(long.response)]
+    np.testing.assert_allclose(found.log_likelihood_T, own_T, atol=1e-4)
+    assert found.rank_T.shape == (150,)
+
+
+def test_without_its_prompt_a_response_follows_the_mark_that_begins_a_text():
+    assert without_prompt(MODEL.tokenizer, Conversation((5, 6), (7, 8))) == Conversation(
+        (MODEL.tokenizer.eos_token_id,), (7, 8)
+    )
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        ["Hello"],
+        ["We add 3.5 and 4.  ", 'She says "7.5!" ', "Then\n\n\n", "it is 8?\n"],
+        ["\n\n one line\n  ", "another\n", "e.g. ", "this"],
+        ["... ", "and\n", "so on..."],
+        ["\u4e00\u4e8c\u3002", "\u4e09\uff1f", "\u56db"],
+    ],
+)
+@pytest.mark.parametrize("ended", [True, False])
+def test_steps_are_sentences_and_lines(steps, ended):
+    """The tokenizer's tokens are bytes, so a step has as many as its text; EOS joins the last."""
+    text = "".join(steps)
+    step_T = response_steps(MODEL.tokenizer, text, ended)
+    counts = [len(step.encode()) for step in steps]
+    counts[-1] += ended
+    np.testing.assert_array_equal(step_T, np.repeat(np.arange(len(steps)), counts))
+    assert len(step_T) == len(response_ids(MODEL.tokenizer, text, ended))
+
+
+def test_a_step_is_read_after_the_prompt_and_the_four_steps_before_it():
+    step_T = np.array([0, 1, 1, 2, 3, 4, 5])
+    assert in_steps(Conversation((90, 91), tuple(range(7))), step_T) == [
+        Conversation((90, 91), (0,)),
+        Conversation((90, 91, 0), (1, 2)),
+        Conversation((90, 91, 0, 1, 2), (3,)),
+        Conversation((90, 91, 0, 1, 2, 3), (4,)),
+        Conversation((90, 91, 0, 1, 2, 3, 4), (5,)),
+        Conversation((90, 91, 1, 2, 3, 4, 5), (6,)),
+    ]
+
+
 def test_the_pooled_state_is_the_last_tokens():
     prompts = [tokens(length) for length in (1, 5, 31, 32, 33, 64, 2, 40)]
     state_ND = pooled_states(MODEL, prompts, meshes.make_mesh(2))
@@ -68,6 +153,8 @@ def test_what_has_no_tokens_is_refused():
     mesh = meshes.make_mesh(1)
     with pytest.raises(ValueError, match="response without tokens"):
         mean_log_likelihoods(MODEL, [Conversation((1,), ())], mesh)
+    with pytest.raises(ValueError, match="response without tokens"):
+        score_tokens(MODEL, [Conversation((1,), ())], mesh)
     with pytest.raises(ValueError, match="no prompt"):
         mean_log_likelihoods(MODEL, [Conversation((), (1,))], mesh)
     with pytest.raises(ValueError, match="prompt without tokens"):

@@ -11,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -210,6 +211,45 @@ def test_threads_share_a_store(tmp_path):
         for thread in threads:
             thread.join()
         assert store.count() == 50
+
+
+def test_what_a_model_says_of_an_answer_is_kept_by_answer_model_and_column(tmp_path):
+    path = tmp_path / "answers.sqlite"
+    log_likelihood_T = np.array([-0.5, -1e-7, -30.0], np.float32)
+    rank_T = np.array([1, 2**24, 3], np.int32)
+    with AnswerStore(path) as store:
+        store.put_measurements("s", {"k": {"log": log_likelihood_T, "rank": rank_T}, "l": {}})
+        store.put_measurements("t", {"k": {"log": log_likelihood_T - 1}})
+    with AnswerStore(path) as store:
+        assert store.measured(["k", "l", "absent"], "s") == {"k": {"log", "rank"}}
+        assert store.measured(["k"], "t") == {"k": {"log"}}
+        assert store.measured(["k"], "u") == {}
+        found = store.get_measurements(["k", "absent"], "s", ["log", "rank", "other"])
+        assert list(found) == ["k"]
+        np.testing.assert_array_equal(found["k"]["log"], log_likelihood_T)
+        np.testing.assert_array_equal(found["k"]["rank"], rank_T)
+        assert set(store.get_measurements(["k"], "s", ["rank"])["k"]) == {"rank"}
+        assert store.count() == 0
+
+
+def test_what_was_measured_stays_as_it_is(tmp_path):
+    with AnswerStore(tmp_path / "answers.sqlite") as store:
+        store.put_measurements("s", {"k": {"log": np.array([-1.0])}})
+        store.put_measurements("s", {"k": {"log": np.array([-2.0]), "rank": np.array([1])}})
+        assert store.measured(["k"], "s") == {"k": {"log", "rank"}}
+        np.testing.assert_array_equal(store.get_measurements(["k"], "s", ["log"])["k"]["log"], -1)
+
+
+def test_a_store_from_before_there_were_measurements_takes_them(tmp_path):
+    path = tmp_path / "answers.sqlite"
+    with AnswerStore(path) as store:
+        store.put(answer("k"))
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("DROP TABLE measurements")
+    with AnswerStore(path) as store:
+        store.put_measurements("s", {"k": {"log": np.array([-1.0])}})
+        assert store.measured(["k"], "s") == {"k": {"log"}}
+        assert store.get(["k"]) == {"k": answer("k")}
 
 
 def test_key_is_the_hash_of_canonical_json():
