@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import yaml
 
@@ -23,7 +23,6 @@ from persyn_jax.reporting.card import CardFacts, card, strictest
 from persyn_jax.sampling.config import TeacherConfig
 
 Format = Literal["trl", "llama_factory", "axolotl", "jsonl"]
-FORMATS: tuple[Format, ...] = get_args(Format)
 PARQUET, JSONL = "train.parquet", "train.jsonl"
 _WRITTEN = ("README.md", PARQUET, JSONL, "dataset_info.json", "axolotl.yaml", ".cache")
 _PROMPT_KEYS = ("prompt", "question", "instruction", "problem", "text")

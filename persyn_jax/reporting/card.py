@@ -104,10 +104,9 @@ def _body(rows: Sequence[PublishedRow], facts: CardFacts) -> str:
     return f"""\
 # {facts.run}
 
-{len(rows)} conversations for supervised fine-tuning of a small language model. Each prompt was
-given to one of several teachers by a router that was trained on rewards for one student (PerSyn,
-arXiv 2510.10925): quality and learnability, weighted {1 - facts.alpha:g} to {facts.alpha:g}. The
-student was `{facts.student}`.
+{len(rows)} conversations for supervised fine-tuning of a small language model. Each prompt is
+answered by one of several teachers, chosen for one student, `{facts.student}`, by rewards of quality
+and learnability, weighted {1 - facts.alpha:g} to {facts.alpha:g} (PerSyn, arXiv 2510.10925).
 
 ## Teachers
 

@@ -12,6 +12,8 @@ from persyn_jax.pipeline.answer_files import answers_of_file, file_fingerprint, 
 from persyn_jax.pipeline.answers import teacher_fingerprint
 from persyn_jax.pipeline.calibrate import calibrate
 from persyn_jax.pipeline.config import RunConfig
+from persyn_jax.pipeline.estimate import estimate
+from persyn_jax.pipeline.router_service import find_teachers
 from persyn_jax.records import Prompt
 from persyn_jax.sampling.config import ClientConfig, TeacherConfig
 from persyn_jax.store import AnswerStore
@@ -206,6 +208,19 @@ def test_teachers_with_files_need_no_service():
         ConfigError, match=r"'b' has no base_url, no file of answers, and .* no serv"
     ):
         config_of(FILED, {"name": "b", "licence": "MIT"})
+
+
+def test_a_file_of_answers_costs_nothing_and_cannot_be_asked():
+    train = make_prompt("train", "Why?", split="train")
+    filed = {"name": "b", "answers": "b.jsonl", "licence": "MIT"}
+    found = estimate(config_of(FILED, filed), [SKY, SUM, train])
+    assert (found.answers_generated, found.answers_generate_then_select) == (0, 0)
+    assert found.tokens["calibrate"] == found.tokens["generate"] == 0 < found.tokens["score"]
+    asked = {"name": "b", "base_url": "http://x/v1", "model": "m", "licence": "MIT"}
+    found = estimate(config_of(FILED, asked), [SKY, SUM, train])
+    assert (found.answers_generated, found.answers_generate_then_select) == (2 + 1, 3)
+    with pytest.raises(ConfigError, match="teacher 'a': has a file of answers and no endpoint"):
+        find_teachers(config_of(FILED, filed), ["a", "b"], no_service)
 
 
 @pytest.mark.parametrize(
