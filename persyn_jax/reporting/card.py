@@ -105,8 +105,9 @@ def _body(rows: Sequence[PublishedRow], facts: CardFacts) -> str:
 # {facts.run}
 
 {len(rows)} conversations for supervised fine-tuning of a small language model. Each prompt is
-answered by one of several teachers, chosen for one student, `{facts.student}`, by rewards of quality
-and learnability, weighted {1 - facts.alpha:g} to {facts.alpha:g} (PerSyn, arXiv 2510.10925).
+answered by one of several teachers, chosen for one student, `{facts.student}`, by rewards of
+quality and learnability, weighted {1 - facts.alpha:g} to {facts.alpha:g} (PerSyn, arXiv
+2510.10925).
 
 ## Teachers
 
