@@ -131,6 +131,31 @@ class Example:
 
 
 @dataclass(frozen=True)
+class PublishedRow:
+    """A training row for other trainers, with all that is known of where it comes from."""
+
+    id: str
+    messages: list[Message]
+    teacher_id: str
+    quality: float | None
+    """The answer's reward terms, as in Reward, where it was scored: calibration answers are."""
+    learnability: float | None
+    total: float | None
+    margin: float | None
+    """The router's best minus second-best coefficient; null for a prompt that was not routed."""
+    source: str
+    teacher_licence: str
+    source_licence: str
+    finish_reason: str
+    run: str
+    answer_key: str
+    teacher_model: str | None
+    """Null where the config does not name it."""
+    teacher_fingerprint: str
+    """Of model, system prompt, worked examples and sampling, or of the file of answers."""
+
+
+@dataclass(frozen=True)
 class Score:
     """One eval prompt answered by one model."""
 

@@ -23,15 +23,17 @@ def main() -> None:
     loaded = config.load(RunConfig, arguments.config, arguments.overrides)
     if arguments.dry_run:
         from persyn_jax.pipeline.estimate import estimate_lines
-        from persyn_jax.pipeline.prompts import make_prompts
+        from persyn_jax.pipeline.prompts import examined, make_prompts
 
-        print("\n".join(estimate_lines(loaded, make_prompts(loaded))))
+        prompts = make_prompts(loaded)
+        examined(prompts)
+        print("\n".join(estimate_lines(loaded, prompts)))
         return
     from persyn_jax.pipeline.run import open_run, run_stage
     from persyn_jax.pipeline.stages import STAGES
     from persyn_jax.reporting.summary import summary_lines
 
-    with open_run(loaded, arguments.overwrite) as run:
+    with open_run(loaded, arguments.overwrite, whole=True) as run:
         for stage in STAGES:
             run_stage(stage, run)
         report = store.read_json(run.folder / "report.json")

@@ -6,7 +6,7 @@ with the user's turn), and where there are such: `id`, `answer` (the reference a
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -38,46 +38,50 @@ class Row(NamedTuple):
     values: dict[str, Any]
 
 
-def read_file(path: Path) -> list[Row]:
-    """The rows of a .jsonl or .parquet file.
+def read_file(path: Path, holds: str = "prompts") -> Iterator[Row]:
+    """The rows of a .jsonl or .parquet file, a part of which is in memory at a time.
 
-    Raises ConfigError: no such file, another kind of file, a line that is not a JSON object, not a
-    Parquet file.
+    holds: what they are, for messages about the file.
+    Raises ConfigError: no such file, another kind of file; as it goes on, a line that is not a JSON
+    object, not a Parquet file.
     """
     if not path.is_file():
-        raise ConfigError(f"{path}: no such file of prompts")
+        raise ConfigError(f"{path}: no such file of {holds}")
     if path.suffix == ".jsonl":
         return _read_jsonl(path)
     if path.suffix == ".parquet":
         return _read_parquet(path)
-    raise ConfigError(f"{path}: a file of prompts must end in .jsonl or .parquet")
+    raise ConfigError(f"{path}: a file of {holds} must end in .jsonl or .parquet")
 
 
-def _read_jsonl(path: Path) -> list[Row]:
-    rows = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        where = f"{path}:{number}"
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-        except ValueError as error:  # not JSON, or not UTF-8
-            raise ConfigError(f"{where}: not valid JSON: {error}") from None
-        if not isinstance(values, dict):
-            raise ConfigError(f"{where}: must be a JSON object, got {type(values).__name__}")
-        rows.append(Row(where, values))
-    return rows
+def _read_jsonl(path: Path) -> Iterator[Row]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            where = f"{path}:{number}"
+            if not line.strip():
+                continue
+            try:
+                values = json.loads(line)
+            except ValueError as error:  # not JSON, or not UTF-8
+                raise ConfigError(f"{where}: not valid JSON: {error}") from None
+            if not isinstance(values, dict):
+                raise ConfigError(f"{where}: must be a JSON object, got {type(values).__name__}")
+            yield Row(where, values)
 
 
-def _read_parquet(path: Path) -> list[Row]:
+def _read_parquet(path: Path) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
+    index = 0
     try:
-        table = pyarrow.parquet.read_table(path)
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for values in batch.to_pylist():
+                    yield Row(f"{path}: row {index}", values)
+                    index += 1
     except (pyarrow.ArrowException, OSError) as error:
         raise ConfigError(f"{path}: not a readable Parquet file: {_one_line(error)}") from None
-    return [Row(f"{path}: row {index}", values) for index, values in enumerate(table.to_pylist())]
 
 
 def read_dataset(

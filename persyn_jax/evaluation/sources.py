@@ -5,7 +5,6 @@ that the caller excludes (the few-shot examples of the teachers), so that nothin
 asked later.
 """
 
-import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from persyn_jax.config import ConfigError, config_class
+from persyn_jax.evaluation.contents import normalise, user_content
 from persyn_jax.evaluation.generated import LICENCE, draw
 from persyn_jax.evaluation.rows import (
     SPLITS,
@@ -25,7 +25,7 @@ from persyn_jax.evaluation.rows import (
     to_questions,
 )
 from persyn_jax.evaluation.verifiers import VerifierName, check_reference
-from persyn_jax.records import Message, Prompt, Split
+from persyn_jax.records import Prompt, Split
 from persyn_jax.streams import numpy_stream
 
 DRAWS_PER_PROMPT = 20
@@ -123,7 +123,7 @@ def load_prompts(
     Raises ConfigError: a source too small for its counts, a row with a split beside counts or
     without either, an id in two sources, and all that `rows` and `generated` raise.
     """
-    seen = {_normalise(text) for text in exclude}
+    seen = {normalise(text) for text in exclude}
     where_of_id: dict[str, str] = {}
     prompts = []
     for name, source in sources.items():
@@ -167,19 +167,10 @@ def _questions(name: str, source: SourceConfig, seed: int) -> Iterable[Question]
 def _distinct(questions: Iterable[Question], seen: set[str]) -> Iterator[Question]:
     """The questions whose content is not in `seen`, which grows by theirs."""
     for question in questions:
-        content = _content(question.messages)
+        content = user_content(question.messages)
         if content not in seen:
             seen.add(content)
             yield question
-
-
-def _content(messages: list[Message]) -> str:
-    """What the user says in all turns: another system prompt does not make another question."""
-    return _normalise("\n".join(m["content"] for m in messages if m["role"] == "user"))
-
-
-def _normalise(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def _deal(

@@ -1,11 +1,13 @@
-"""Getting answers: what the store has is reused, the rest is asked for, committed as it arrives."""
+"""Getting answers: what a file or the store has is taken, the rest is asked for, committed as it
+arrives."""
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from persyn_jax.config import fingerprint, to_values
+from persyn_jax.pipeline.answer_files import answers_of_file, file_fingerprint
 from persyn_jax.pipeline.progress import Advance, progress, say
 from persyn_jax.records import Answer, Prompt
 from persyn_jax.sampling import spending
@@ -31,8 +33,10 @@ def teacher_fingerprint(teacher: TeacherConfig, own_weights: str | None) -> str:
     """What decides the teacher's answers: model, what stands before the prompt, sampling.
 
     Not its name, not its URL. own_weights: fingerprint of the own service's weights, for a teacher
-    that it serves.
+    that it serves. Of a teacher with a file of answers: the file's bytes.
     """
+    if teacher.answers is not None:
+        return file_fingerprint(teacher.answers)
     model = own_weights if teacher.base_url is None else teacher.model
     examples = [to_values(example) for example in teacher.examples]
     return fingerprint([model, teacher.system, examples, to_values(teacher.sampling)])
@@ -65,18 +69,54 @@ def collect_answers(
     own_service: OwnService,
     label: str,
 ) -> Collected:
-    """One answer for each ask, in order. Equal prompts of one teacher share an answer.
+    """One answer for each ask, in order: from the teacher's file if it has one, or asked for.
 
-    An answer that failed is there too, with finish reason `error`: it is never trained on, and
-    whoever asks for it next asks the teacher again.
+    Equal prompts of one teacher share an answer. An answer that failed, or that the file does not
+    have, is there too, with finish reason `error`: it is never trained on, and whoever asks for it
+    next asks, or reads, again.
 
     Replies are committed together, those that arrive during one commit with the next. A kill loses
     what was under way: questions whose reply had not come, or was not committed yet; together at
     most `client.concurrency` an endpoint.
 
     Raises ConfigError, EndpointError or BudgetError as `sampling.client.ask_all`; what has been
-    answered is committed by then.
+    answered is committed by then. Raises ConfigError as `answers_of_file`.
     """
+    on_file = iter(_from_files([ask for ask in asks if ask.teacher.answers], label))
+    asked = _ask_endpoints(
+        [ask for ask in asks if not ask.teacher.answers],
+        own_weights,
+        store,
+        client,
+        own_service,
+        label,
+    )
+    by_asking = iter(asked.answers)
+    answers = [next(on_file if ask.teacher.answers else by_asking) for ask in asks]
+    return Collected(answers, asked.tallies)
+
+
+def _from_files(asks: Sequence[Ask], label: str) -> list[Answer]:
+    """The answers of teachers with a file, in the order of `asks`; one file is read at a time."""
+    of_teacher: dict[str, Iterator[Answer]] = {}
+    for teacher in {ask.teacher.name: ask.teacher for ask in asks}.values():
+        prompts = [ask.prompt for ask in asks if ask.teacher.name == teacher.name]
+        answers = answers_of_file(teacher, prompts)
+        there = sum(answer.error is None for answer in answers)
+        say(f"  {label}: teacher {teacher.name!r}: {there} of {len(answers)} in {teacher.answers}")
+        of_teacher[teacher.name] = iter(answers)
+    return [next(of_teacher[ask.teacher.name]) for ask in asks]
+
+
+def _ask_endpoints(
+    asks: Sequence[Ask],
+    own_weights: str | None,
+    store: AnswerStore,
+    client: ClientConfig,
+    own_service: OwnService,
+    label: str,
+) -> Collected:
+    """`collect_answers` of teachers that have an endpoint."""
     teacher_of = {ask.teacher.name: ask.teacher for ask in asks}
     spending.check_prices(teacher_of.values(), client)
     marks = {name: teacher_fingerprint(t, own_weights) for name, t in teacher_of.items()}

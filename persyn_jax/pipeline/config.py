@@ -126,7 +126,7 @@ class RunConfig:
     """Where prompts come from, by name."""
     teachers: Annotated[list[TeacherConfig], Field(min_length=2)]
     service: ServiceConfig | None = None
-    """The run's own sampling service; needed by teachers without a base_url."""
+    """The run's own sampling service; needed by teachers without a base_url or answers."""
     client: ClientConfig = ClientConfig()
     student: ModelConfig
     quality: QualityConfig = VerifierQuality()
@@ -142,10 +142,11 @@ class RunConfig:
         names = [teacher.name for teacher in self.teachers]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"teachers: names must differ, {twice[0]!r} is given twice")
-        lost = [t.name for t in self.teachers if t.base_url is None and self.service is None]
+        lost = [t.name for t in self.teachers if t.needs_service and self.service is None]
         if lost:
             raise ValueError(
-                f"teachers: {lost[0]!r} has no base_url and the config has no service section"
+                f"teachers: {lost[0]!r} has no base_url, no file of answers, and the config has no "
+                "service section"
             )
         if self.own_judge and self.service is None:
             raise ValueError("quality.judge: has no base_url and the config has no service section")
@@ -157,7 +158,7 @@ class RunConfig:
     @property
     def own_judge(self) -> bool:
         """Whether the run's own service judges."""
-        return isinstance(self.quality, JudgeQuality) and self.quality.judge.base_url is None
+        return isinstance(self.quality, JudgeQuality) and self.quality.judge.needs_service
 
     @property
     def router_backbone(self) -> ModelConfig:

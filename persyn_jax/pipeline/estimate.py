@@ -22,6 +22,7 @@ class Estimate:
     prompts: dict[str, int]
     """By split."""
     answers_generated: int
+    """The most; prompts routed to a teacher with a file of answers need none."""
     answers_generate_then_select: int
     tokens: dict[str, int]
     """By stage: tokens that a model reads and writes."""
@@ -38,10 +39,10 @@ def estimate(config: RunConfig, prompts: Sequence[Prompt]) -> Estimate:
         split: sum(prompt.split == split for prompt in prompts) for split in SPLITS
     }
     asked = counts["calibration"] + counts["train"]
-    teachers = len(config.teachers)
+    teachers = len(_asked_teachers(config))
     return Estimate(
         prompts=counts,
-        answers_generated=asked + counts["calibration"] * (teachers - 1),
+        answers_generated=counts["calibration"] * teachers + (counts["train"] if teachers else 0),
         answers_generate_then_select=asked * teachers,
         tokens=_tokens(config, prompts),
         service_memory_gb=_service_memory(config),
@@ -49,25 +50,33 @@ def estimate(config: RunConfig, prompts: Sequence[Prompt]) -> Estimate:
     )
 
 
+def _asked_teachers(config: RunConfig) -> list[TeacherConfig]:
+    """Those who are asked: a file of answers costs nothing."""
+    return [teacher for teacher in config.teachers if teacher.answers is None]
+
+
 def _tokens(config: RunConfig, prompts: Sequence[Prompt]) -> dict[str, int]:
     student = weights.load_tokenizer(config.student)
     service = weights.load_tokenizer(config.service.model) if config.service else student
+    asked_teachers = _asked_teachers(config)
     asked, alone, answer = {}, {}, {}
     for prompt in prompts:
         known = None if prompt.answer is None else one_answer(prompt.verifier, prompt.answer)
         reference = tokenizer.response_ids(student, known or "", ended=True)
         alone[prompt.id] = len(tokenizer.prompt_ids(student, prompt.messages))
         answer[prompt.id] = 1 + len(reference)
-        asked[prompt.id] = [_asked(service, teacher, prompt) for teacher in config.teachers]
+        asked[prompt.id] = [_asked(service, teacher, prompt) for teacher in asked_teachers]
     of = {split: [p.id for p in prompts if p.split == split] for split in SPLITS}
     teachers, epochs = len(config.teachers), config.training.epochs
     row = {prompt.id: alone[prompt.id] + answer[prompt.id] for prompt in prompts}
     return {
-        "calibrate": sum(sum(asked[i]) + teachers * answer[i] for i in of["calibration"]),
+        "calibrate": sum(sum(asked[i]) + len(asked[i]) * answer[i] for i in of["calibration"]),
         "score": sum(teachers * row[i] for i in of["calibration"]),
         "train_router": sum(alone[i] for i in of["calibration"]),
         "route": sum(alone[i] for i in of["train"]),
-        "generate": sum(sum(asked[i]) // teachers + answer[i] for i in of["train"]),
+        "generate": sum(
+            (sum(asked[i]) + len(asked[i]) * answer[i]) // teachers for i in of["train"]
+        ),
         "train_student": epochs * sum(row[i] for i in of["calibration"] + of["train"]),
         "evaluate": sum(2 * row[i] for i in of["eval"]),
     }

@@ -15,20 +15,25 @@ from persyn_jax.training.config import TrainConfig
 def make_prompts(config: RunConfig) -> list[Prompt]:
     """The prompts: the same for the same config, none of them a teacher's worked example.
 
-    Raises ConfigError: as `load_prompts`, when there is nothing to score the student on, and for
-    the first prompt that is too long for the service, for a training row, or for the evaluation.
+    Raises ConfigError: as `load_prompts`, and for the first prompt that is too long for the
+    service, for a training row, or for the evaluation.
     """
     worked = [example.question for teacher in config.teachers for example in teacher.examples]
     prompts = load_prompts(config.sources, config.run.seed, exclude=worked)
-    examined = [prompt for prompt in prompts if prompt.split == "eval"]
-    if all(prompt.answer is None for prompt in examined):
-        raise ConfigError("sources: no eval prompt has a reference answer to score the student by")
     student = weights.load_tokenizer(config.student)
-    _check_evaluation(config, student, examined)
+    _check_evaluation(config, student, [prompt for prompt in prompts if prompt.split == "eval"])
     routed = [prompt for prompt in prompts if prompt.split != "eval"]
     _check_rows(config, student, routed)
     _check_service(config, routed)
     return prompts
+
+
+def examined(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The eval prompts that have a reference answer. Raises ConfigError where there is none."""
+    found = [prompt for prompt in prompts if prompt.split == "eval" and prompt.answer is not None]
+    if not found:
+        raise ConfigError("sources: no eval prompt has a reference answer to score the student by")
+    return found
 
 
 def _check_evaluation(
@@ -48,7 +53,8 @@ def _check_evaluation(
 
 def _check_rows(config: RunConfig, student: tokenizer.Tokenizer, prompts: Sequence[Prompt]) -> None:
     """Answers are counted in the teachers' tokens here; `check_answers` has the student's."""
-    answer = max(teacher.sampling.max_tokens for teacher in config.teachers)
+    asked = [teacher for teacher in config.teachers if teacher.answers is None]
+    answer = max((teacher.sampling.max_tokens for teacher in asked), default=0)
     if answer > config.training.row_response_tokens:
         raise ConfigError(
             f"training.row_response_tokens {config.training.row_response_tokens}: must be at least "
@@ -71,7 +77,7 @@ def _check_service(config: RunConfig, prompts: Sequence[Prompt]) -> None:
         return
     tok, room = weights.load_tokenizer(config.service.model), config.service.engine.cache_length
     for teacher in config.teachers:
-        if teacher.base_url is not None:
+        if not teacher.needs_service:
             continue
         for prompt in prompts:
             read = len(tokenizer.prompt_ids(tok, teacher_messages(teacher, prompt.messages)))

@@ -102,7 +102,8 @@ def find_teachers(config: RunConfig, names: Sequence[str], own_service: Callable
     """Where each teacher of the router is asked: at the first of its URLs. Starts the run's own
     service if one needs it.
 
-    Raises ConfigError for a teacher that is not in the config any more, and a missing API key.
+    Raises ConfigError for a teacher that is not in the config any more or has only a file of
+    answers, and a missing API key.
     """
     teacher_of = {teacher.name: teacher for teacher in config.teachers}
     found = []
@@ -110,6 +111,8 @@ def find_teachers(config: RunConfig, names: Sequence[str], own_service: Callable
         if name not in teacher_of:
             raise ConfigError(f"the router knows a teacher {name!r}, the config does not")
         teacher = teacher_of[name]
+        if teacher.answers is not None:
+            raise ConfigError(f"teacher {name!r}: has a file of answers and no endpoint to ask")
         url, model = (
             (teacher.base_urls[0], str(teacher.model)) if teacher.base_urls else own_service()
         )

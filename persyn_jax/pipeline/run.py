@@ -31,6 +31,9 @@ class Run:
     overwrite: bool = False
     processes: int = 1
     """How many run a stage together, 0 if only JAX knows; see `open_run`."""
+    whole: bool = False
+    """Whether all stages will be run, the evaluation too: prompts that cannot do for it are refused
+    before anything is asked."""
     _service: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     _endpoint: tuple[str, str] | None = None
 
@@ -97,13 +100,15 @@ class Run:
 
 
 @contextlib.contextmanager
-def open_run(config: RunConfig, overwrite: bool = False, processes: int = 1) -> Iterator[Run]:
+def open_run(
+    config: RunConfig, overwrite: bool = False, processes: int = 1, whole: bool = False
+) -> Iterator[Run]:
     """Prepares and holds the run folder; stops the sampling service on the way out.
 
     processes: of `jax.distributed`, which must be running unless this is the only one. They share
     the run folder; the first of them holds it and writes, and stages compute together.
     """
-    run = Run(config, overwrite, processes)
+    run = Run(config, overwrite, processes, whole)
     if processes != 1:
         run.training_mesh()  # starts the platform, by which a process knows which one it is
     if run.is_first:

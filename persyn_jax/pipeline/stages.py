@@ -33,10 +33,12 @@ METRICS = "metrics.jsonl"
 
 def _calibrate(run: Run, _: Path) -> dict[str, Any]:
     from persyn_jax.pipeline.calibrate import calibrate
-    from persyn_jax.pipeline.prompts import make_prompts
+    from persyn_jax.pipeline.prompts import examined, make_prompts
 
     config = run.config
     prompts = make_prompts(config)
+    if run.whole:
+        examined(prompts)
     with store.AnswerStore(config.run.answers) as answers:
         found = calibrate(
             prompts, config.teachers, run.own_weights(), answers, config.client, run.own_service
@@ -234,12 +236,15 @@ def _log(metrics_file: Path, row: dict[str, Any]) -> None:
 def _evaluate(run: Run, _: Path) -> dict[str, Any]:
     from persyn_jax.models.weights import load
     from persyn_jax.pipeline.evaluate import evaluate
+    from persyn_jax.pipeline.prompts import examined
 
     config = run.config
+    prompts = run.read(PROMPTS, Prompt)
+    examined(prompts)
     run.mesh()  # starts the platform
     trained = ModelConfig(weights=str(run.folder / STUDENT))
     scores = evaluate(
-        run.read(PROMPTS, Prompt),
+        prompts,
         lambda: load(config.student, config.run.seed),
         lambda: load(trained),
         config.evaluation.max_tokens,
@@ -336,8 +341,13 @@ def _backbone(config: RunConfig) -> tuple[ModelConfig, ...]:
     return (config.router_backbone,)
 
 
-def _prompt_files(config: RunConfig) -> tuple[Path, ...]:
-    return tuple(s.path for s in config.sources.values() if isinstance(s, FileSource))
+def _answer_files(config: RunConfig) -> tuple[Path, ...]:
+    return tuple(teacher.answers for teacher in config.teachers if teacher.answers)
+
+
+def _prompt_and_answer_files(config: RunConfig) -> tuple[Path, ...]:
+    prompts = tuple(s.path for s in config.sources.values() if isinstance(s, FileSource))
+    return prompts + _answer_files(config)
 
 
 def _none(_: RunConfig) -> tuple:
@@ -352,7 +362,7 @@ STAGES: tuple[Stage, ...] = (
         writes=(PROMPTS, CALIBRATION_ANSWERS),
         section=_section("sources", "teachers"),
         models=_service_model,
-        files=_prompt_files,
+        files=_prompt_and_answer_files,
         work=_calibrate,
     ),
     Stage(
@@ -392,7 +402,7 @@ STAGES: tuple[Stage, ...] = (
         writes=(ANSWERS, EXAMPLES),
         section=_section("teachers"),
         models=_service_model,
-        files=_none,
+        files=_answer_files,
         work=_generate,
     ),
     Stage(

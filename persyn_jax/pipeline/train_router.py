@@ -4,6 +4,7 @@ The head learns standardised states (AdamW then needs no tuning to a backbone's 
 standardisation is folded into the head that is kept.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,12 @@ from persyn_jax.config import ConfigError
 from persyn_jax.models import router
 from persyn_jax.models.decoder import Params
 from persyn_jax.records import Prompt, Reward
-from persyn_jax.routing.preferences import Preferences, make_preferences, reward_matrix
+from persyn_jax.routing.preferences import (
+    Preferences,
+    make_preferences,
+    pair_accuracy,
+    reward_matrix,
+)
 from persyn_jax.routing.strategies import Calibration
 from persyn_jax.routing.verdict import judge_router
 from persyn_jax.streams import numpy_stream
@@ -63,7 +69,8 @@ def train_router(
 
     prompts: the calibration prompts. state_ND: the backbone's pooled state of each, float32.
     on_metrics: called with a row every ten steps. Returns (head for raw pooled states, router
-    metrics as in `routing.verdict`).
+    metrics as in `routing.verdict`). Imported rewards (`pipeline.router_data`) may leave out some
+    teachers of a prompt: then the metrics are `held_out`, `held_out_pairs` and `pair_accuracy`.
 
     Raises ConfigError when either part would be empty, RuntimeError when the rewards give too few
     preference pairs.
@@ -74,7 +81,8 @@ def train_router(
             f"router.held_out {config.held_out}: leaves {len(seen_N)} calibration prompts to train "
             f"the router on and {len(held_out_N)} to judge it by"
         )
-    total_NM = reward_matrix(rewards, [prompt.id for prompt in prompts], teachers)
+    imported = all(math.isnan(reward.learnability) for reward in rewards)
+    total_NM = reward_matrix(rewards, [prompt.id for prompt in prompts], teachers, partial=imported)
     preferences = make_preferences(total_NM[seen_N])
     pairs = len(preferences.winner_P)
     if pairs < config.gossip.workers:
@@ -90,6 +98,12 @@ def train_router(
     head = _fit(preferences, input_ND, len(teachers), config, mesh, on_metrics)
     head = fold_standardisation(head, mean_D, scale)
 
+    if np.isnan(total_NM).any():
+        return head, {
+            "trained_on": len(seen_N),
+            "pairs": pairs,
+            **_judge_pairs(head, total_NM[held_out_N], state_ND[held_out_N]),
+        }
     source_N = np.array([prompt.source for prompt in prompts])
     seen, held_out = (
         Calibration(total_NM[part_N], source_N[part_N].tolist(), state_ND[part_N])
@@ -98,6 +112,18 @@ def train_router(
     coefficient_NM = np.asarray(router.coefficients(head, held_out.feature_ND))
     metrics = judge_router(seen, held_out, coefficient_NM, teachers, config.neighbours)
     return head, {"trained_on": len(seen_N), "pairs": pairs, **metrics}
+
+
+def _judge_pairs(head: Params, total_NM: np.ndarray, state_ND: np.ndarray) -> dict[str, Any]:
+    """What can be said of held-out prompts that only some teachers were compared on."""
+    held_out = make_preferences(total_NM)
+    if not len(held_out.winner_P):
+        raise RuntimeError("the held-out prompts have no preference pair to judge the router by")
+    return {
+        "held_out": len(total_NM),
+        "held_out_pairs": len(held_out.winner_P),
+        "pair_accuracy": pair_accuracy(held_out, np.asarray(router.coefficients(head, state_ND))),
+    }
 
 
 def split_calibration(

@@ -16,12 +16,14 @@ def reward_matrix(
     prompt_ids: Sequence[str],
     teachers: Sequence[str],
     term: Term = "total",
+    partial: bool = False,
 ) -> np.ndarray:
     """One term of the rewards as float64[N, M]: rows in the order of `prompt_ids`, columns in that
     of `teachers`.
 
     A quality that is null becomes NaN. Rewards of other prompts and teachers are left aside.
-    Raises ValueError: no reward, or more than one, for some prompt and teacher.
+    partial: whether a prompt may be without the reward of some teachers, which become NaN.
+    Raises ValueError: no reward (unless partial), or more than one, for some prompt and teacher.
     """
     row_of = {prompt_id: n for n, prompt_id in enumerate(prompt_ids)}
     column_of = {teacher: m for m, teacher in enumerate(teachers)}
@@ -33,7 +35,7 @@ def reward_matrix(
             value = getattr(reward, term)
             matrix_NM[cell] = np.nan if value is None else value
             count_NM[cell] += 1
-    wrong = np.argwhere(count_NM != 1)
+    wrong = np.argwhere(count_NM > 1 if partial else count_NM != 1)
     if len(wrong):
         n, m = wrong[0]
         raise ValueError(
@@ -57,6 +59,13 @@ class Preferences(NamedTuple):
 
 def make_preferences(total_NM: np.ndarray) -> Preferences:
     """Every (winner, loser) with strictly different totals, in the order of prompt, winner, loser;
-    a tie makes none."""
+    a tie makes none, nor does a total that is not known (NaN)."""
     wins_NMM = total_NM[:, :, None] > total_NM[:, None, :]
     return Preferences(*(index_P.astype(np.int32) for index_P in np.nonzero(wins_NMM)))
+
+
+def pair_accuracy(preferences: Preferences, coefficient_NM: np.ndarray) -> float:
+    """Share of pairs whose winner has the higher coefficient on their prompt; NaN without pairs."""
+    winner_P = coefficient_NM[preferences.prompt_index_P, preferences.winner_P]
+    loser_P = coefficient_NM[preferences.prompt_index_P, preferences.loser_P]
+    return float((winner_P > loser_P).mean()) if len(winner_P) else float("nan")

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from pydantic import Field
 
 from persyn_jax.config import config_class
-from persyn_jax.records import Answer, Measurement, Prompt, Reward
+from persyn_jax.records import Answer, Measurement, Reward
 from persyn_jax.routing.learnability import MetricName, higher_is_better
 from persyn_jax.routing.normalisation import Normalisation, Scope, normalise
 

@@ -1,6 +1,7 @@
 """Config of the sampling service, and of the teachers that answer through it or elsewhere."""
 
 import ipaddress
+from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
@@ -101,11 +102,16 @@ class WorkedExample:
 
 @config_class
 class TeacherConfig:
-    """A way to get an answer: an endpoint, a model there, and what is said around the question."""
+    """A way to get an answer: an endpoint, a model there, and what is said around the question; or
+    a file of answers that exist already."""
 
     name: Annotated[str, Field(min_length=1)]
     model: str | None = None
     """Model name at the endpoint; null is the `service` section's model."""
+    answers: Path | None = None
+    """A .jsonl or .parquet file of this teacher's answers, in place of an endpoint: nobody is
+    asked, nothing is paid. `pipeline.answer_files` says what a row holds. `model` then only says
+    whose they are."""
     base_url: str | Annotated[list[str], Field(min_length=1)] | None = None
     """For example `http://elsewhere:8000/v1`; a list of URLs of the same model shares the questions
     out among them. Null is the run's own sampling service."""
@@ -121,6 +127,10 @@ class TeacherConfig:
     usd_per_million_completion_tokens: Annotated[float, Field(ge=0)] | None = None
 
     def __post_init__(self):
+        if self.answers is not None and (key := self._key_for_asking()):
+            raise ValueError(
+                f"teacher {self.name!r}: has a file of answers, so nobody is asked: remove {key}"
+            )
         if self.base_urls and self.model is None:
             raise ValueError(f"teacher {self.name!r}: a base_url needs a model")
         for base_url in self.base_urls:
@@ -132,6 +142,24 @@ class TeacherConfig:
                 )
         if len(set(self.base_urls)) < len(self.base_urls):
             raise ValueError(f"teacher {self.name!r}: a base_url is given twice")
+
+    def _key_for_asking(self) -> str | None:
+        """A key that is given and means something only where an endpoint is asked."""
+        values = {
+            "base_url": self.base_url,
+            "api_key_env": self.api_key_env,
+            "system": self.system,
+            "examples": self.examples or None,
+            "sampling": None if self.sampling == SamplingConfig() else self.sampling,
+            "usd_per_million_prompt_tokens": self.usd_per_million_prompt_tokens,
+            "usd_per_million_completion_tokens": self.usd_per_million_completion_tokens,
+        }
+        return next((key for key, value in values.items() if value is not None), None)
+
+    @property
+    def needs_service(self) -> bool:
+        """Whether it answers through the run's own sampling service."""
+        return self.base_url is None and self.answers is None
 
     @property
     def base_urls(self) -> list[str]:

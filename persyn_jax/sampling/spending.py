@@ -46,7 +46,12 @@ class Tally:
 
 
 def price(teacher: TeacherConfig, prompt_tokens: int, completion_tokens: int) -> float | None:
-    """US dollars of one answer; None if the teacher's price is unknown, never 0 for unknown."""
+    """US dollars of one answer; None if the teacher's price is unknown, never 0 for unknown.
+
+    What stands in a file of answers costs nothing.
+    """
+    if teacher.answers is not None:
+        return 0.0
     prompt = teacher.usd_per_million_prompt_tokens
     completion = teacher.usd_per_million_completion_tokens
     if prompt is None or completion is None:

@@ -10,7 +10,14 @@ Whatever goes wrong with a file ends in one `ConfigError` that names it.
 """
 
 from persyn_jax.store.answers import AnswerStore, StoredAnswer, answer_key
-from persyn_jax.store.files import read_json, sha256_of, write_bytes, write_json, write_text
+from persyn_jax.store.files import (
+    read_json,
+    sha256_of,
+    write_bytes,
+    write_json,
+    write_text,
+    writing_jsonl,
+)
 from persyn_jax.store.run_folder import (
     append_metrics,
     hold,
@@ -50,4 +57,5 @@ __all__ = [
     "write_json",
     "write_records",
     "write_text",
+    "writing_jsonl",
 ]

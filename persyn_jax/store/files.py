@@ -1,9 +1,11 @@
-"""One file, whole or not at all: every result file goes through `write_bytes`."""
+"""One file, whole or not at all: every result file goes through `write_bytes`, a long one through
+`writing_jsonl`."""
 
 import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,33 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` as indented JSON, atomically. Raises ValueError for NaN, which JSON lacks."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def writing_jsonl(path: Path) -> Generator[Callable[[Mapping[str, Any]], None]]:
+    """Yields a function that writes a row as a line of JSON; `path` is there when the block ends,
+    and stays as it was if the block fails.
+
+    Raises ConfigError naming `path` when the disk refuses.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "w", encoding="utf-8") as file:
+
+            def write(row: Mapping[str, Any]) -> None:
+                file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+
+            yield write
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 def read_json(path: Path) -> Any:

@@ -21,6 +21,8 @@ DOCUMENTED = {
     "generate.py",
     "train_student.py",
     "evaluate.py",
+    "export_data.py",
+    "import_answers.py",
     "replay_check.py",
     "resume_check.py",
     "fuzz_loaders.py",
@@ -36,11 +38,15 @@ DOCUMENTED = {
     "check_endpoint.py",
     "client_speed.py",
 }
-# Those that ask an endpoint take no config; each with arguments whose input is missing.
+# Those that ask an endpoint, or make files for a run, take no config; each with arguments whose
+# input is missing.
 WITHOUT_CONFIG = {
     "run_batch.py": ["-i", "nowhere.yaml", "-o", "out", "--base-url", "http://localhost:9/v1"],
     "check_endpoint.py": ["nowhere.yaml"],
+    "import_answers.py": ["--format", "p2l", "nowhere.yaml", "--out", "out"],
 }
+# What else a script with a config must be told.
+REQUIRED = {"export_data.py": ["--format", "trl", "--out", "out"]}
 # Those that need a package which is not installed, and so get no further than saying so.
 NEEDS_MORE = {"fuzz_loaders.py"}
 SCRIPTS = sorted(PRESENT | DOCUMENTED)
@@ -83,7 +89,7 @@ def test_help_is_quick_and_needs_no_jax(tmp_path, script):
 
 @pytest.mark.parametrize("script", sorted(set(SCRIPTS) - NEEDS_MORE))
 def test_missing_input_is_one_line_and_exit_code_2(tmp_path, script):
-    words = WITHOUT_CONFIG.get(script, ["--config", "nowhere.yaml"])
+    words = WITHOUT_CONFIG.get(script, ["--config", "nowhere.yaml", *REQUIRED.get(script, [])])
     result = run(script, *words, folder=tmp_path)
     assert result.returncode == 2
     assert result.stdout == ""
