@@ -104,6 +104,20 @@ def collect_answers(
     return Collected(answers, tallies)
 
 
+def stored_answers(
+    asks: Sequence[Ask], own_weights: str | None, store: AnswerStore
+) -> list[Answer | None]:
+    """What the store has for each ask, failures too; None where nobody has been asked."""
+    teacher_of = {ask.teacher.name: ask.teacher for ask in asks}
+    marks = {name: teacher_fingerprint(t, own_weights) for name, t in teacher_of.items()}
+    keys = [answer_key(ask.prompt.messages, marks[ask.teacher.name], 0) for ask in asks]
+    known = store.get(keys)
+    return [
+        known[key].for_prompt(ask.prompt.id, ask.teacher.name) if key in known else None
+        for key, ask in zip(keys, asks, strict=True)
+    ]
+
+
 def _failed(answer: StoredAnswer) -> bool:
     return answer.finish_reason == "error"
 

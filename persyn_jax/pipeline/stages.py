@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from persyn_jax import store
-from persyn_jax.config import to_values
+from persyn_jax.config import ConfigError, to_values
 from persyn_jax.evaluation.sources import FileSource
 from persyn_jax.models.spec import ModelConfig
 from persyn_jax.pipeline.config import RunConfig
@@ -22,6 +22,7 @@ PROMPTS = "prompts.parquet"
 CALIBRATION_ANSWERS = "calibration_answers.parquet"
 REWARDS = "rewards.parquet"
 ROUTER = "router"
+STATES = "states.safetensors"
 ROUTES = "routes.parquet"
 ANSWERS = "answers.parquet"
 EXAMPLES = "examples.parquet"
@@ -101,24 +102,65 @@ def _train_router(run: Run, _: Path) -> dict[str, Any]:
 def _route(run: Run, _: Path) -> dict[str, Any]:
     import numpy as np
 
-    from persyn_jax.models.router import load_router
-    from persyn_jax.models.weights import load
-    from persyn_jax.pipeline.route import route
-    from persyn_jax.pipeline.tokens import prompt_tokens
-    from persyn_jax.sampling.scoring import pooled_states
+    from persyn_jax.models import router
+    from persyn_jax.pipeline.route import expect_cost, make_calibration, route, summary_lines
+    from persyn_jax.pipeline.states import kept_states
+    from persyn_jax.routing.preferences import reward_matrix
+    from persyn_jax.routing.strategies import Asked
 
     config, mesh = run.config, run.mesh()
     prompts = run.read(PROMPTS, Prompt)
     calibration = [prompt for prompt in prompts if prompt.split == "calibration"]
     rest = [prompt for prompt in prompts if prompt.split == "train"]
-    head, teachers, state_ND = load_router(run.folder / ROUTER)
+    routed = calibration + rest
+    rewards = run.read(REWARDS, Reward)
+    head, names, state_ND = router.load_router(run.folder / ROUTER)
+    seen = make_calibration(calibration, rewards, names, state_ND)
     if rest:
-        backbone = load(config.router_backbone, config.run.seed)
-        rest_ND = pooled_states(backbone, prompt_tokens(backbone.tokenizer, rest), mesh)
+        backbone, seed = config.router_backbone, config.run.seed
+        rest_ND = kept_states(run.folder / STATES, backbone, seed, rest, mesh)
         state_ND = np.concatenate([state_ND, rest_ND])
-    routes = route(calibration + rest, state_ND, head, teachers)
-    run.write(ROUTES, routes, Route)
-    return {"routes": len(routes)}
+    total_NM = None
+    if config.routing.strategy == "oracle":
+        rewards += _rewards_of_all(run, rest)
+        total_NM = reward_matrix(rewards, [prompt.id for prompt in routed], names)
+    asked = Asked(
+        source_N=[prompt.source for prompt in routed],
+        feature_ND=state_ND,
+        coefficient_NM=np.asarray(router.coefficients(head, state_ND)),
+        total_NM=total_NM,
+    )
+    teacher_of = {teacher.name: teacher for teacher in config.teachers}
+    teachers = [teacher_of[name] for name in names]
+    expected = expect_cost(routed, run.read(CALIBRATION_ANSWERS, Answer), teachers)
+    found = route(routed, asked, seen, expected, teachers, config.routing, config.run.seed)
+    for line in summary_lines(found.summary):
+        say(line)
+    run.write(ROUTES, found.routes, Route)
+    return found.summary
+
+
+def _rewards_of_all(run: Run, prompts: list[Prompt]) -> list[Reward]:
+    """Of all teachers' answers, which only the oracle knows. Raises ConfigError if one is not in
+    the answer store."""
+    from persyn_jax.models.weights import load
+    from persyn_jax.pipeline.answers import Ask, stored_answers
+    from persyn_jax.pipeline.score import score
+
+    config = run.config
+    asks = [Ask(prompt, teacher) for prompt in prompts for teacher in config.teachers]
+    with store.AnswerStore(config.run.answers) as answers:
+        found = stored_answers(asks, run.own_weights(), answers)
+    missing = [ask for ask, answer in zip(asks, found, strict=True) if answer is None]
+    if missing:
+        raise ConfigError(
+            "routing.strategy oracle: needs the answers of all teachers to all prompts, and "
+            f"{config.run.answers} lacks {len(missing)} of {len(asks)}, the first that of teacher "
+            f"{missing[0].teacher.name!r} to prompt {missing[0].prompt.id!r}"
+        )
+    answers_there = [answer for answer in found if answer is not None]
+    student = load(config.student, config.run.seed)
+    return score(prompts, answers_there, student, config.rewards, run.mesh())
 
 
 def _generate(run: Run, _: Path) -> dict[str, Any]:
@@ -152,18 +194,20 @@ def _train_student(run: Run, checkpoints: Path) -> dict[str, Any]:
     from persyn_jax.models.weights import load, load_tokenizer, save_folder
     from persyn_jax.pipeline.prompts import check_answers
     from persyn_jax.pipeline.tokens import conversations
-    from persyn_jax.pipeline.train_student import StudentTraining, train_student
+    from persyn_jax.pipeline.train_student import StudentTraining, draw_answers, train_student
     from persyn_jax.training.sinks import check_sinks, tracked
 
     run.stop_service()  # its memory is needed
     config, mesh = run.config, run.training_mesh()
     sinks = config.training.track if run.is_first else ()
     check_sinks(sinks)
-    answers = [answer for answer in run.read(ANSWERS, Answer) if answer.usable]
+    chosen = run.read(ANSWERS, Answer)
+    answers = draw_answers(chosen, config.training.examples, config.run.seed)
     tokens = conversations(load_tokenizer(config.student), run.read(PROMPTS, Prompt), answers)
     check_answers(answers, tokens, config.training)
     if run.is_first:
         _remove_others(checkpoints)
+    seed = config.run.seed if config.training.seed is None else config.training.seed
     metrics_file = run.folder / METRICS
     with contextlib.ExitStack() as stack:
         tracks = []  # from where the training begins, which it says itself
@@ -183,7 +227,7 @@ def _train_student(run: Run, checkpoints: Path) -> dict[str, Any]:
         trained = train_student(
             lambda: load(config.student, config.run.seed),
             tokens,
-            StudentTraining(config.training, config.gossip, config.run.seed),
+            StudentTraining(config.training, config.gossip, seed),
             mesh,
             checkpoints,
             on_start,
@@ -192,8 +236,10 @@ def _train_student(run: Run, checkpoints: Path) -> dict[str, Any]:
         )
     if run.is_first:
         save_folder(run.folder / STUDENT, trained.model)
+    drawn = {answer.prompt_id for answer in answers}
     return {
         "compiled_programs": trained.compiled_programs,
+        "left_out": [a.prompt_id for a in chosen if a.usable and a.prompt_id not in drawn],
         "held_out": [answers[index].prompt_id for index in trained.held_out],
     }
 
@@ -250,7 +296,7 @@ def _report(run: Run, _: Path) -> dict[str, Any]:
 def run_records(run: Run):
     """Everything that the finished stages wrote, as `reporting` takes it."""
     import persyn_jax
-    from persyn_jax.config import ConfigError, fingerprint
+    from persyn_jax.config import fingerprint
     from persyn_jax.reporting.report import RunRecords
 
     config = run.config
@@ -316,6 +362,13 @@ def _backbone(config: RunConfig) -> tuple[ModelConfig, ...]:
     return (config.router_backbone,)
 
 
+def _routing_models(config: RunConfig) -> tuple[ModelConfig, ...]:
+    """The oracle looks up all answers, and scores them with the student."""
+    if config.routing.strategy != "oracle":
+        return _backbone(config)
+    return (*_backbone(config), *_student_model(config), *_service_model(config))
+
+
 def _prompt_files(config: RunConfig) -> tuple[Path, ...]:
     return tuple(s.path for s in config.sources.values() if isinstance(s, FileSource))
 
@@ -357,11 +410,15 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         name="route",
-        modules=("persyn_jax.sampling.scoring", "persyn_jax.pipeline.route"),
-        reads=(PROMPTS, ROUTER),
+        modules=(
+            "persyn_jax.pipeline.states",
+            "persyn_jax.pipeline.route",
+            "persyn_jax.pipeline.score",
+        ),
+        reads=(PROMPTS, CALIBRATION_ANSWERS, REWARDS, ROUTER),
         writes=(ROUTES,),
-        section=_section(),
-        models=_backbone,
+        section=_section("routing", "teachers", "rewards"),
+        models=_routing_models,
         files=_none,
         work=_route,
     ),

@@ -21,6 +21,7 @@ from persyn_jax.store.run_folder import (
 from persyn_jax.store.stages import (
     Fingerprints,
     Manifest,
+    adopt,
     discard,
     finish,
     finished,
@@ -33,6 +34,7 @@ __all__ = [
     "Fingerprints",
     "Manifest",
     "StoredAnswer",
+    "adopt",
     "answer_key",
     "append_metrics",
     "discard",

@@ -4,10 +4,11 @@ Anything that reads Parquet opens the files, `datasets.load_dataset("parquet", d
 (unless a table has no rows).
 """
 
-import dataclasses
 import io
 import types
 import typing
+from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -22,23 +23,35 @@ if TYPE_CHECKING:
 
 Record = TypeVar("Record", bound="DataclassInstance")
 
+_GROUP_ROWS = 10_000
 _SCALARS = {str: pa.string(), float: pa.float64(), int: pa.int64(), bool: pa.bool_()}
 
 
-def write_records(path: Path, records: list[Record], record_type: type[Record]) -> None:
+def write_records(path: Path, records: Iterable[Record], record_type: type[Record]) -> None:
     """Writes `records`, all of one dataclass, atomically; equal records give equal bytes.
 
-    Raises ConfigError naming `path`: a value that is not of its field's type, text with a lone
-    surrogate, disk full.
+    They are taken a row group at a time, so that no more of them need be in memory. Raises
+    ConfigError naming `path`: a value that is not of its field's type, text with a lone surrogate,
+    disk full.
     """
-    rows = [dataclasses.asdict(record) for record in records]
+    schema, sink = schema_of(record_type), io.BytesIO()
+    options: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
+    rest = iter(records)
     try:
-        table = pa.Table.from_pylist(rows, schema=schema_of(record_type))
-        sink = io.BytesIO()
-        pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+        with pq.ParquetWriter(sink, schema, **options) as writer:
+            group = list(islice(rest, _GROUP_ROWS))
+            while True:
+                writer.write_table(_table(group, schema))
+                if not (group := list(islice(rest, _GROUP_ROWS))):
+                    break
     except (pa.ArrowException, UnicodeEncodeError) as error:
         raise ConfigError(f"{path}: cannot hold these records: {_one_line(error)}") from None
     write_bytes(path, sink.getvalue())
+
+
+def _table(records: list[Record], schema: pa.Schema) -> pa.Table:
+    columns = {name: [getattr(record, name) for record in records] for name in schema.names}
+    return pa.Table.from_pydict(columns, schema=schema)
 
 
 def read_records(path: Path, record_type: type[Record]) -> list[Record]:
@@ -62,7 +75,8 @@ def read_records(path: Path, record_type: type[Record]) -> list[Record]:
         raise ConfigError(
             f"{path}: holds no {record_type.__name__} records: columns that differ: {columns}"
         )
-    return [record_type(**row) for row in table.to_pylist()]
+    batches = table.to_batches(max_chunksize=_GROUP_ROWS)
+    return [record_type(**row) for batch in batches for row in batch.to_pylist()]
 
 
 def schema_of(record_type: type) -> pa.Schema:
