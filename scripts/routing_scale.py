@@ -15,6 +15,13 @@ from persyn_jax.pipeline.command import end_with_one_line, make_parser
 CONFIG = Path(__file__).parents[1] / "configs" / "routing_scale.yaml"
 
 
+def _line(found) -> str:
+    return (
+        f"{found.seconds:8.1f} s ({found.processor_seconds:.1f} s of processor time), peak "
+        f"{found.peak_memory_gb:.2f} GB  {found.what}"
+    )
+
+
 def main() -> None:
     arguments = make_parser("Times routing at full size.", CONFIG).parse_intermixed_args()
     from persyn_jax import config, store
@@ -26,12 +33,11 @@ def main() -> None:
     with mock_endpoint(loaded.answer_seconds) as url, tempfile.TemporaryDirectory() as folder:
         for found in routing_scale.measure(loaded, url, Path(folder)):
             measured.append(found)
-            print(
-                f"{found.seconds:8.1f} s, peak {found.peak_memory_gb:.2f} GB  {found.what}",
-                flush=True,
-            )
-    seconds = sum(found.seconds for found in measured)
-    print(f"{seconds:8.1f} s, peak {measured[-1].peak_memory_gb:.2f} GB  in all")
+            print(_line(found), flush=True)
+    seconds, used = (
+        sum(getattr(found, name) for found in measured) for name in ("seconds", "processor_seconds")
+    )
+    print(_line(measured[-1]._replace(what="in all", seconds=seconds, processor_seconds=used)))
     if arguments.json is not None:
         rows = [found._asdict() for found in measured]
         store.write_json(arguments.json, {"config": config.to_values(loaded), "measured": rows})

@@ -56,6 +56,8 @@ class Measured(NamedTuple):
 
     what: str
     seconds: float
+    processor_seconds: float
+    """Of this process; the endpoint is another one."""
     peak_memory_gb: float
     """Largest resident set of this process so far."""
     summary: dict[str, Any]
@@ -76,11 +78,11 @@ def measure(config: RoutingScaleConfig, url: str, folder: Path) -> Iterator[Meas
 
 
 def _timed(what: str, work: Callable[[], dict[str, Any]]) -> Measured:
-    started = time.perf_counter()
+    started, used = time.perf_counter(), time.process_time()
     summary = work()
-    seconds = time.perf_counter() - started
+    seconds, used = time.perf_counter() - started, time.process_time() - used
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    return Measured(what, round(seconds, 2), round(peak, 2), summary)
+    return Measured(what, round(seconds, 2), round(used, 2), round(peak, 2), summary)
 
 
 def _in_words(routing: RoutingConfig) -> str:
