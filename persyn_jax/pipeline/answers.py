@@ -57,6 +57,24 @@ class Collected(NamedTuple):
         }
 
 
+def in_all(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The summaries of several `Collected` as that of one."""
+    asked: dict[str, dict[str, Any]] = {}
+    for summary in summaries:
+        for name, tally in summary["measured"]["asked"].items():
+            before = asked.get(name, {})
+            asked[name] = {key: _plus(before.get(key, 0), value) for key, value in tally.items()}
+    return {
+        "answers": sum(summary["answers"] for summary in summaries),
+        "failed_answers": sum(summary["failed_answers"] for summary in summaries),
+        "measured": {"asked": asked},
+    }
+
+
+def _plus(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a + b
+
+
 def collect_answers(
     asks: Sequence[Ask],
     own_weights: str | None,

@@ -179,23 +179,29 @@ def _cost(
     prompts: Sequence[Prompt], chosen_N: np.ndarray, expected: Expected, names: list[str]
 ) -> dict[str, Any]:
     new_N = np.array([prompt.split != "calibration" for prompt in prompts], bool)
-    by_teacher = {}
-    for column, name in enumerate(names):
-        mine_N = chosen_N == column
-        by_teacher[name] = {
-            "share": float(mine_N.mean()),
-            "to_ask": int((mine_N & new_N).sum()),
-            "expected_tokens": float(expected.tokens_NM[mine_N, column].sum()),
-            "expected_usd": (
-                None if expected.usd_NM is None else float(expected.usd_NM[mine_N, column].sum())
-            ),
-        }
-    known = expected.usd_NM is not None
+    share_M = np.bincount(chosen_N, minlength=len(names)) / len(prompts)
+    to_ask_M = np.bincount(chosen_N[new_N], minlength=len(names))
+    tokens_M = _by_teacher(expected.tokens_NM, chosen_N)
+    usd_M = None if expected.usd_NM is None else _by_teacher(expected.usd_NM, chosen_N)
     return {
-        "by_teacher": by_teacher,
-        "expected_tokens": sum(row["expected_tokens"] for row in by_teacher.values()),
-        "expected_usd": sum(row["expected_usd"] for row in by_teacher.values()) if known else None,
+        "by_teacher": {
+            name: {
+                "share": float(share_M[column]),
+                "to_ask": int(to_ask_M[column]),
+                "expected_tokens": float(tokens_M[column]),
+                "expected_usd": None if usd_M is None else float(usd_M[column]),
+            }
+            for column, name in enumerate(names)
+        },
+        "expected_tokens": float(tokens_M.sum()),
+        "expected_usd": None if usd_M is None else float(usd_M.sum()),
     }
+
+
+def _by_teacher(cost_NM: np.ndarray, chosen_N: np.ndarray) -> np.ndarray:
+    """float64[M]: of the answers that each teacher is to give."""
+    paid_N = cost_NM[np.arange(len(chosen_N)), chosen_N]
+    return np.bincount(chosen_N, weights=paid_N, minlength=cost_NM.shape[1])
 
 
 def _pareto(

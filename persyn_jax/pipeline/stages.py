@@ -6,6 +6,7 @@ Heavy imports stay inside the functions: asking for help, or rerunning a finishe
 
 import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -164,28 +165,35 @@ def _rewards_of_all(run: Run, prompts: list[Prompt]) -> list[Reward]:
 
 
 def _generate(run: Run, _: Path) -> dict[str, Any]:
-    from persyn_jax.pipeline.generate import check_cost, generate, to_examples
+    from persyn_jax.pipeline.answers import in_all
+    from persyn_jax.pipeline.generate import check_cost, generate, in_chunks, to_examples
 
     config = run.config
     prompts, routes = run.read(PROMPTS, Prompt), run.read(ROUTES, Route)
-    calibration = run.read(CALIBRATION_ANSWERS, Answer)
+    summaries = []
+
+    def chosen() -> Iterator[Answer]:
+        for chunk in in_chunks(routes, config.client):
+            found = generate(
+                prompts,
+                chunk,
+                config.teachers,
+                run.own_weights(),
+                answers,
+                config.client,
+                run.own_service,
+            )
+            summaries.append(found.summary)
+            yield from found.answers
+
     with store.AnswerStore(config.run.answers) as answers:
-        chosen = generate(
-            prompts,
-            routes,
-            config.teachers,
-            run.own_weights(),
-            answers,
-            config.client,
-            run.own_service,
-        )
-    examples = to_examples(prompts, chosen.answers)
-    run.write(ANSWERS, chosen.answers, Answer)
-    run.write(EXAMPLES, examples, Example)
-    teachers, summary = len(config.teachers), chosen.summary
+        run.write(ANSWERS, chosen(), Answer)
+    run.write(EXAMPLES, to_examples(prompts, run.iterate(ANSWERS, Answer)), Example)
+    calibration, answered = (run.iterate(name, Answer) for name in (CALIBRATION_ANSWERS, ANSWERS))
+    summary = in_all(summaries)
     return summary | {
-        "answers_generated": check_cost(prompts, teachers, calibration, chosen.answers),
-        "examples": len(examples),
+        "answers_generated": check_cost(prompts, len(config.teachers), calibration, answered),
+        "examples": sum(answer.usable for answer in run.iterate(ANSWERS, Answer)),
         "measured": summary["measured"] | run.service_counters(),
     }
 

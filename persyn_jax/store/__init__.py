@@ -27,7 +27,7 @@ from persyn_jax.store.stages import (
     finished,
     read_manifest,
 )
-from persyn_jax.store.tables import read_records, write_records
+from persyn_jax.store.tables import iterate_records, read_records, write_records
 
 __all__ = [
     "AnswerStore",
@@ -41,6 +41,7 @@ __all__ = [
     "finish",
     "finished",
     "hold",
+    "iterate_records",
     "prepare",
     "read_json",
     "read_manifest",

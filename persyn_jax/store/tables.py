@@ -7,7 +7,7 @@ Anything that reads Parquet opens the files, `datasets.load_dataset("parquet", d
 import io
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -59,24 +59,42 @@ def read_records(path: Path, record_type: type[Record]) -> list[Record]:
 
     Raises ConfigError naming `path`: no such file, damaged file, records of another kind.
     """
+    return list(iterate_records(path, record_type))
+
+
+def iterate_records(path: Path, record_type: type[Record]) -> Iterator[Record]:
+    """The same one after the other, a row group in memory at a time; raises when it gets there."""
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            table, metadata = file.read(), file.metadata
+            metadata = file.metadata
+            rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+            # The pages carry checksums, the row counts at the end of the file do not.
+            _check_rows(path, metadata.num_rows, sum(rows))
+            _check_schema(path, file.schema_arrow, record_type)
+            for group, count in enumerate(rows):
+                table = file.read_row_group(group)
+                _check_rows(path, table.num_rows, count)
+                for batch in table.to_batches(max_chunksize=_GROUP_ROWS):
+                    yield from (record_type(**row) for row in batch.to_pylist())
+    except ConfigError:
+        raise
     except (pa.ArrowException, OSError, ValueError) as error:
         raise ConfigError(f"{path}: missing, damaged or not Parquet: {_one_line(error)}") from None
-    # The pages carry checksums, the row count at the end of the file does not.
-    groups = range(metadata.num_row_groups)
-    if table.num_rows != sum(metadata.row_group(group).num_rows for group in groups):
+
+
+def _check_rows(path: Path, one: int, other: int) -> None:
+    if one != other:
         raise ConfigError(f"{path}: damaged: its row counts disagree")
+
+
+def _check_schema(path: Path, found: pa.Schema, record_type: type) -> None:
     schema = schema_of(record_type)
-    if not table.schema.equals(schema):
-        difference = sorted(set(table.schema) ^ set(schema), key=lambda column: column.name)
+    if not found.equals(schema):
+        difference = sorted(set(found) ^ set(schema), key=lambda column: column.name)
         columns = ", ".join(dict.fromkeys(column.name for column in difference))
         raise ConfigError(
             f"{path}: holds no {record_type.__name__} records: columns that differ: {columns}"
         )
-    batches = table.to_batches(max_chunksize=_GROUP_ROWS)
-    return [record_type(**row) for batch in batches for row in batch.to_pylist()]
 
 
 def schema_of(record_type: type) -> pa.Schema:
