@@ -61,6 +61,24 @@ class Collected(NamedTuple):
         }
 
 
+def in_all(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The summaries of several `Collected` as that of one."""
+    asked: dict[str, dict[str, Any]] = {}
+    for summary in summaries:
+        for name, tally in summary["measured"]["asked"].items():
+            before = asked.get(name, {})
+            asked[name] = {key: _plus(before.get(key, 0), value) for key, value in tally.items()}
+    return {
+        "answers": sum(summary["answers"] for summary in summaries),
+        "failed_answers": sum(summary["failed_answers"] for summary in summaries),
+        "measured": {"asked": asked},
+    }
+
+
+def _plus(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a + b
+
+
 def collect_answers(
     asks: Sequence[Ask],
     own_weights: str | None,
@@ -142,6 +160,26 @@ def _ask_endpoints(
         known = store.get(keys)
     answers = [known[q.key].for_prompt(q.prompt_id, q.teacher.name) for q in questions]
     return Collected(answers, tallies)
+
+
+def stored_answers(
+    asks: Sequence[Ask], own_weights: str | None, store: AnswerStore
+) -> list[Answer | None]:
+    """What there is for each ask without asking anybody, failures too: in the teacher's file if it
+    has one, or in the store. None where nobody has been asked."""
+    asked = [ask for ask in asks if not ask.teacher.answers]
+    marks = {
+        name: teacher_fingerprint(teacher, own_weights)
+        for name, teacher in {ask.teacher.name: ask.teacher for ask in asked}.items()
+    }
+    keys = [answer_key(ask.prompt.messages, marks[ask.teacher.name], 0) for ask in asked]
+    known = store.get(keys)
+    in_store = iter(
+        known[key].for_prompt(ask.prompt.id, ask.teacher.name) if key in known else None
+        for key, ask in zip(keys, asked, strict=True)
+    )
+    on_file = iter(_from_files([ask for ask in asks if ask.teacher.answers], "look up"))
+    return [next(on_file if ask.teacher.answers else in_store) for ask in asks]
 
 
 def _failed(answer: StoredAnswer) -> bool:

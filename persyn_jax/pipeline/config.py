@@ -10,7 +10,10 @@ from persyn_jax.config import config_class
 from persyn_jax.evaluation.sources import SourceConfig
 from persyn_jax.models.spec import ModelConfig
 from persyn_jax.routing.rewards import RewardConfig
+from persyn_jax.routing.selection import licence_gate
+from persyn_jax.routing.strategies import StrategyConfig, StrategyName
 from persyn_jax.sampling.config import ClientConfig, EngineConfig, ServiceConfig, TeacherConfig
+from persyn_jax.sampling.spending import price
 from persyn_jax.training.config import GossipConfig, MeshConfig, OptimiserConfig, TrainConfig
 
 
@@ -110,6 +113,30 @@ class RouterConfig:
 
 
 @config_class
+class RoutingConfig(StrategyConfig):
+    """Who is asked, by which strategy and within which limits. See `routing.selection`."""
+
+    strategy: StrategyName = "router"
+    """`oracle` needs the answers of all teachers to all prompts in the answer store."""
+    refuse_licences: list[str] = Field(default_factory=list)
+    """Licences of teachers that the student's own forbids: those teachers are never asked."""
+    least_margin: Annotated[float, Field(ge=0)] | None = None
+    """A prompt whose best score is less than this above the second goes to the best constant
+    teacher; null: none does."""
+    most_share: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(default_factory=dict)
+    """The largest share of the prompts, by teacher; 1 for one that is not named."""
+    budget_usd: Annotated[float, Field(ge=0)] | None = None
+    """US dollars that the answers still to be asked for are expected to cost, at most; null is no
+    limit. Needs the prices of all teachers. The calibration answers are paid by then."""
+    budget_tokens: Annotated[int, Field(ge=0)] | None = None
+    """The same in tokens, of prompts and answers together."""
+
+    def __post_init__(self):
+        if self.budget_usd is not None and self.budget_tokens is not None:
+            raise ValueError("budget_usd and budget_tokens: only one of them can limit the routes")
+
+
+@config_class
 class EvaluationConfig:
     """How the student is examined: greedy answers to the eval prompts."""
 
@@ -133,6 +160,7 @@ class RunConfig:
     """What the quality of an answer is (PerSyn eq. 2)."""
     rewards: RewardConfig = RewardConfig()
     router: RouterConfig = RouterConfig()
+    routing: RoutingConfig = RoutingConfig()
     mesh: MeshConfig = MeshConfig()
     gossip: GossipConfig = GossipConfig()
     training: TrainConfig = TrainConfig()
@@ -150,6 +178,7 @@ class RunConfig:
             )
         if self.own_judge and self.service is None:
             raise ValueError("quality.judge: has no base_url and the config has no service section")
+        _check_routing(self.routing, self.teachers)
 
     @property
     def run_folder(self) -> Path:
@@ -163,3 +192,26 @@ class RunConfig:
     @property
     def router_backbone(self) -> ModelConfig:
         return self.router.backbone or self.student
+
+
+def _check_routing(routing: RoutingConfig, teachers: list[TeacherConfig]) -> None:
+    """What would only be found out after the calibration answers are paid for."""
+    names = [teacher.name for teacher in teachers]
+    named = {
+        "strong": [routing.strong] if routing.strong is not None else [],
+        "family": routing.family,
+        "most_share": routing.most_share,
+    }
+    for key, given in named.items():
+        for name in given:
+            if name not in names:
+                raise ValueError(f"routing.{key}: no teacher {name!r}, only {', '.join(names)}")
+    licence_gate([teacher.licence for teacher in teachers], routing.refuse_licences)
+    if routing.budget_usd is not None:
+        for teacher in teachers:
+            if price(teacher, 0, 0) is None:
+                raise ValueError(
+                    f"routing.budget_usd {routing.budget_usd:g}: the price of teacher "
+                    f"{teacher.name!r} is unknown; give its usd_per_million_prompt_tokens and "
+                    "usd_per_million_completion_tokens, or use routing.budget_tokens"
+                )

@@ -1,33 +1,259 @@
-"""Stage route: the router chooses one teacher for every prompt."""
+"""Stage route: a strategy chooses one teacher for every prompt within limits, and what the answers
+will cost is known before they are asked for."""
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
-from persyn_jax.models import router
-from persyn_jax.models.decoder import Params
-from persyn_jax.records import Prompt, Route
-from persyn_jax.routing.strategies import route_by_router
+from persyn_jax.pipeline.config import RoutingConfig
+from persyn_jax.records import Answer, Prompt, Reward, Route
+from persyn_jax.routing.optimal_cost import expected_usd, pareto_curve, thin
+from persyn_jax.routing.preferences import Term, reward_matrix
+from persyn_jax.routing.selection import Limits, keep_limits, licence_gate, scores
+from persyn_jax.routing.strategies import Asked, Calibration, score_by_source
+from persyn_jax.sampling.config import TeacherConfig
+from persyn_jax.sampling.spending import price
+
+CURVE_POINTS = 6
+DRAWN = ("random", "mix")
+"""Strategies whose scores are drawn: no reward is expected of them."""
+
+
+class Expected(NamedTuple):
+    """What is expected to be paid for each answer: nothing on calibration prompts, whose answers
+    are there."""
+
+    tokens_NM: np.ndarray
+    """float64: of prompt and answer together."""
+    usd_NM: np.ndarray | None
+    """float64; None where the price of some teacher is not known."""
+
+
+class Routed(NamedTuple):
+    """The routes of the prompts, in their order, and what they come to."""
+
+    routes: list[Route]
+    summary: dict[str, Any]
 
 
 def route(
-    prompts: Sequence[Prompt], state_ND: np.ndarray, head: Params, teachers: Sequence[str]
-) -> list[Route]:
-    """The teacher with the highest Bradley-Terry coefficient for each prompt; ties to the first.
+    prompts: Sequence[Prompt],
+    asked: Asked,
+    seen: Calibration,
+    expected: Expected,
+    teachers: Sequence[TeacherConfig],
+    config: RoutingConfig,
+    seed: int,
+) -> Routed:
+    """One teacher for each prompt: that of the highest score of `config.strategy` (ties to the
+    first), or another where a limit forbids it.
 
-    state_ND: the backbone's pooled state of each prompt, float32.
+    asked, expected: of `prompts`, row by row. seen: of the calibration prompts. All have the
+    columns of `teachers`. Raises ConfigError as `selection.select`.
+
+    The summary's keys are stable:
+
+        routes, strategy
+        moved            prompts that a limit took from the teacher which the strategy prefers
+        by_teacher       teacher -> share of the routes; to_ask: answers still to be asked for;
+                         expected_tokens and expected_usd of those, null if a price is not known
+        expected_tokens, expected_usd    of all teachers
+        pareto           null for the strategies in DRAWN, or if nobody is to be asked; else unit
+                         (usd, or tokens if a price is not known) and points: budget, and
+                         expected_reward, the most that it buys: the chosen teachers' mean score on
+                         the prompts still to be asked, above that of a teacher drawn at random
     """
-    coefficient_NM = np.asarray(router.coefficients(head, state_ND))
-    chosen_N = route_by_router(coefficient_NM)
+    names = [teacher.name for teacher in teachers]
+    limits = make_limits(config, teachers, expected)
+    score_NM = scores(config.strategy, seen, asked, names, config, limits.allowed_M, seed)
+    chosen_N = keep_limits(score_NM, seen, limits)
+    summary = {
+        "routes": len(prompts),
+        "strategy": config.strategy,
+        "moved": int((chosen_N != score_NM.argmax(axis=1)).sum()),
+        **_cost(prompts, chosen_N, expected, names),
+        "pareto": _pareto(config, prompts, score_NM, expected),
+    }
+    assert asked.coefficient_NM is not None
+    return Routed(make_routes(prompts, asked.coefficient_NM, chosen_N, names), summary)
+
+
+def make_routes(
+    prompts: Sequence[Prompt],
+    coefficient_NM: np.ndarray,
+    chosen_N: np.ndarray,
+    teachers: Sequence[str],
+) -> list[Route]:
+    """The records: the router's coefficients on each prompt, whatever the strategy, and the index
+    of the teacher that was chosen."""
     top_N2 = -np.sort(-coefficient_NM, axis=1)[:, :2]
+    margin_N = top_N2[:, 0] - top_N2[:, 1]
+    columns = coefficient_NM.tolist(), chosen_N.tolist(), margin_N.tolist()
     return [
-        Route(
-            prompt_id=prompt.id,
-            coefficients=[float(coefficient) for coefficient in coefficient_M],
-            teacher=teachers[chosen],
-            margin=float(top_2[0] - top_2[1]),
-        )
-        for prompt, coefficient_M, chosen, top_2 in zip(
-            prompts, coefficient_NM, chosen_N, top_N2, strict=True
-        )
+        Route(prompt.id, coefficients, teachers[chosen], margin)
+        for prompt, coefficients, chosen, margin in zip(prompts, *columns, strict=True)
     ]
+
+
+def make_limits(
+    config: RoutingConfig, teachers: Sequence[TeacherConfig], expected: Expected
+) -> Limits:
+    """The config's limits for `selection`. Raises ConfigError where all licences are refused."""
+    share_M = np.array([config.most_share.get(teacher.name, 1.0) for teacher in teachers])
+    in_usd = config.budget_usd is not None
+    return Limits(
+        allowed_M=licence_gate([t.licence for t in teachers], config.refuse_licences),
+        least_margin=config.least_margin,
+        most_share_M=share_M if config.most_share else None,
+        budget=config.budget_usd if in_usd else config.budget_tokens,
+        cost_NM=expected.usd_NM if in_usd else expected.tokens_NM,
+    )
+
+
+def make_calibration(
+    prompts: Sequence[Prompt],
+    rewards: Sequence[Reward],
+    teachers: Sequence[str],
+    state_ND: np.ndarray,
+) -> Calibration:
+    """What the rewards of the calibration prompts say. state_ND: the backbone's, of each prompt."""
+    ids = [prompt.id for prompt in prompts]
+    matrix = {term: reward_matrix(rewards, ids, teachers, term) for term in get_args(Term)}
+    return Calibration(
+        total_NM=matrix["total"],
+        source_N=[prompt.source for prompt in prompts],
+        feature_ND=state_ND,
+        quality_NM=matrix["quality"],
+        learnability_NM=matrix["learnability"],
+    )
+
+
+def expect_cost(
+    prompts: Sequence[Prompt], answers: Sequence[Answer], teachers: Sequence[TeacherConfig]
+) -> Expected:
+    """By what the calibration answers took: of a prompt, with all that a teacher puts before it,
+    the tokens of the straight line through tokens over characters; of an answer, the mean length
+    of that teacher's on the same source.
+
+    answers: of every teacher to every calibration prompt among `prompts`.
+    """
+    calibration = [prompt for prompt in prompts if prompt.split == "calibration"]
+    row_of = {prompt.id: row for row, prompt in enumerate(calibration)}
+    column_of = {teacher.name: column for column, teacher in enumerate(teachers)}
+    prompt_NM, answer_NM = np.zeros((2, len(row_of), len(column_of)))
+    for answer in answers:
+        cell = row_of[answer.prompt_id], column_of[answer.teacher]
+        prompt_NM[cell], answer_NM[cell] = answer.prompt_tokens, answer.completion_tokens
+    seen = Calibration(answer_NM, [prompt.source for prompt in calibration], np.empty(0))
+    read_NM = _on_a_line(_characters(calibration), prompt_NM, _characters(prompts))
+    answered_NM = score_by_source(seen, [prompt.source for prompt in prompts])
+    paid_N = np.array([prompt.split == "calibration" for prompt in prompts], bool)
+    read_NM[paid_N] = answered_NM[paid_N] = 0
+    usd_NM = None
+    if all(price(teacher, 0, 0) is not None for teacher in teachers):
+        usd_NM = expected_usd(
+            read_NM,
+            answered_NM,
+            [teacher.usd_per_million_prompt_tokens for teacher in teachers],
+            [teacher.usd_per_million_completion_tokens for teacher in teachers],
+            list(column_of),
+        )
+    return Expected(read_NM + answered_NM, usd_NM)
+
+
+def _characters(prompts: Sequence[Prompt]) -> np.ndarray:
+    return np.array([sum(len(m["content"]) for m in prompt.messages) for prompt in prompts], float)
+
+
+def _on_a_line(seen_N: np.ndarray, value_NM: np.ndarray, asked_N: np.ndarray) -> np.ndarray:
+    """Least squares, one line a column; the mean where all seen are equal. Never below 0."""
+    centred_N = seen_N - seen_N.mean()
+    spread = (centred_N**2).sum()
+    slope_M = centred_N @ value_NM / spread if spread else np.zeros(value_NM.shape[1])
+    line_NM = value_NM.mean(axis=0) + np.multiply.outer(asked_N - seen_N.mean(), slope_M)
+    return np.maximum(line_NM, 0)
+
+
+def _cost(
+    prompts: Sequence[Prompt], chosen_N: np.ndarray, expected: Expected, names: list[str]
+) -> dict[str, Any]:
+    new_N = np.array([prompt.split != "calibration" for prompt in prompts], bool)
+    share_M = np.bincount(chosen_N, minlength=len(names)) / len(prompts)
+    to_ask_M = np.bincount(chosen_N[new_N], minlength=len(names))
+    tokens_M = _by_teacher(expected.tokens_NM, chosen_N)
+    usd_M = None if expected.usd_NM is None else _by_teacher(expected.usd_NM, chosen_N)
+    return {
+        "by_teacher": {
+            name: {
+                "share": float(share_M[column]),
+                "to_ask": int(to_ask_M[column]),
+                "expected_tokens": float(tokens_M[column]),
+                "expected_usd": None if usd_M is None else float(usd_M[column]),
+            }
+            for column, name in enumerate(names)
+        },
+        "expected_tokens": float(tokens_M.sum()),
+        "expected_usd": None if usd_M is None else float(usd_M.sum()),
+    }
+
+
+def _by_teacher(cost_NM: np.ndarray, chosen_N: np.ndarray) -> np.ndarray:
+    """float64[M]: of the answers that each teacher is to give."""
+    paid_N = cost_NM[np.arange(len(chosen_N)), chosen_N]
+    return np.bincount(chosen_N, weights=paid_N, minlength=cost_NM.shape[1])
+
+
+def _pareto(
+    config: RoutingConfig, prompts: Sequence[Prompt], score_NM: np.ndarray, expected: Expected
+) -> dict[str, Any] | None:
+    new_N = np.array([prompt.split != "calibration" for prompt in prompts], bool)
+    if config.strategy in DRAWN or not new_N.any():
+        return None
+    cost_NM = expected.tokens_NM if expected.usd_NM is None else expected.usd_NM
+    open_NM = score_NM[new_N]
+    drawn = np.mean(open_NM, axis=1, where=open_NM > -np.inf).sum()
+    points = thin(pareto_curve(open_NM, cost_NM[new_N]), CURVE_POINTS)
+    return {
+        "unit": "tokens" if expected.usd_NM is None else "usd",
+        "points": [
+            {
+                "budget": point["cost"],
+                "expected_reward": float((point["reward"] - drawn) / len(open_NM)),
+            }
+            for point in points
+        ],
+    }
+
+
+def summary_lines(summary: dict[str, Any]) -> list[str]:
+    """The summary as a person reads it, before anything is spent."""
+    moved = f", {summary['moved']} moved by limits" if summary["moved"] else ""
+    width = max(map(len, ("teacher", *summary["by_teacher"])))
+    lines = [
+        f"  strategy {summary['strategy']}: {summary['routes']} prompts{moved}; expected of those "
+        "still to be asked:",
+        f"  {'teacher':<{width}}  share  to ask      tokens  US dollars",
+    ]
+    lines += [
+        f"  {name:<{width}}  {row['share']:5.2f}{row['to_ask']:8,}{row['expected_tokens']:12,.0f}"
+        f"  {_usd(row['expected_usd']):>10}"
+        for name, row in summary["by_teacher"].items()
+    ]
+    to_ask = sum(row["to_ask"] for row in summary["by_teacher"].values())
+    lines.append(
+        f"  {'all':<{width}}  {1:5.2f}{to_ask:8,}{summary['expected_tokens']:12,.0f}"
+        f"  {_usd(summary['expected_usd']):>10}"
+    )
+    if (pareto := summary["pareto"]) is not None:
+        as_text = _usd if pareto["unit"] == "usd" else "{:,.0f}".format
+        lines.append("  budget and the mean score that it buys, above a teacher drawn at random:")
+        lines += [
+            f"  {as_text(point['budget']):>12} {pareto['unit']}  {point['expected_reward']:+.3f}"
+            for point in pareto["points"]
+        ]
+    return lines
+
+
+def _usd(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.4f}"

@@ -9,7 +9,7 @@ import json
 import resource
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,10 @@ class Run:
     def read(self, name: str, record_type: type) -> list:
         return store.read_records(self.folder / name, record_type)
 
-    def write(self, name: str, records: list, record_type: type) -> None:
+    def iterate(self, name: str, record_type: type) -> Iterator:
+        return store.iterate_records(self.folder / name, record_type)
+
+    def write(self, name: str, records: Iterable, record_type: type) -> None:
         store.write_records(self.folder / name, records, record_type)
 
     def own_weights(self) -> str | None:

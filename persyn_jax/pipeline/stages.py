@@ -6,11 +6,12 @@ Heavy imports stay inside the functions: asking for help, or rerunning a finishe
 
 import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from persyn_jax import store
-from persyn_jax.config import to_values
+from persyn_jax.config import ConfigError, to_values
 from persyn_jax.evaluation.sources import FileSource
 from persyn_jax.models.spec import ModelConfig
 from persyn_jax.pipeline.config import LikelihoodQuality, RewardModelQuality, RunConfig
@@ -23,6 +24,7 @@ CALIBRATION_ANSWERS = "calibration_answers.parquet"
 MEASUREMENTS = "measurements.parquet"
 REWARDS = "rewards.parquet"
 ROUTER = "router"
+STATES = "states.safetensors"
 ROUTES = "routes.parquet"
 ANSWERS = "answers.parquet"
 EXAMPLES = "examples.parquet"
@@ -50,22 +52,9 @@ def _calibrate(run: Run, _: Path) -> dict[str, Any]:
 
 
 def _score(run: Run, _: Path) -> dict[str, Any]:
-    from persyn_jax.pipeline.answers import Ask, Collected, collect_answers
-    from persyn_jax.pipeline.quality import measure
-    from persyn_jax.pipeline.score import score, scorer
-
-    config, mesh = run.config, run.mesh()
-    prompts, answers = run.read(PROMPTS, Prompt), run.read(CALIBRATION_ANSWERS, Answer)
-    with store.AnswerStore(config.run.answers) as kept:
-
-        def ask(asks: list[Ask]) -> Collected:
-            return collect_answers(
-                asks, run.own_weights(), kept, config.client, run.own_service, "judge"
-            )
-
-        quality = measure(prompts, answers, config.quality, kept, mesh, config.run.seed, ask)
-        student = scorer(config.student, config.run.seed)
-        scored = score(prompts, answers, quality.values, student, kept, config.rewards, mesh)
+    quality, scored = _quality_and_rewards(
+        run, run.read(PROMPTS, Prompt), run.read(CALIBRATION_ANSWERS, Answer)
+    )
     run.write(MEASUREMENTS, scored.measurements, Measurement)
     run.write(REWARDS, scored.rewards, Reward)
     return {
@@ -75,6 +64,25 @@ def _score(run: Run, _: Path) -> dict[str, Any]:
         "quality": quality.counts,
         "measured": quality.measured,
     }
+
+
+def _quality_and_rewards(run: Run, prompts: list[Prompt], answers: list[Answer]):
+    """(`quality.Quality`, `score.Scored`) of the answers, as the config says."""
+    from persyn_jax.pipeline.answers import Ask, Collected, collect_answers
+    from persyn_jax.pipeline.quality import measure
+    from persyn_jax.pipeline.score import score, scorer
+
+    config, mesh = run.config, run.mesh()
+    with store.AnswerStore(config.run.answers) as kept:
+
+        def ask(asks: list[Ask]) -> Collected:
+            return collect_answers(
+                asks, run.own_weights(), kept, config.client, run.own_service, "judge"
+            )
+
+        quality = measure(prompts, answers, config.quality, kept, mesh, config.run.seed, ask)
+        student = scorer(config.student, config.run.seed)
+        return quality, score(prompts, answers, quality.values, student, kept, config.rewards, mesh)
 
 
 def _train_router(run: Run, _: Path) -> dict[str, Any]:
@@ -116,49 +124,95 @@ def _train_router(run: Run, _: Path) -> dict[str, Any]:
 def _route(run: Run, _: Path) -> dict[str, Any]:
     import numpy as np
 
-    from persyn_jax.models.router import load_router
-    from persyn_jax.models.weights import load
-    from persyn_jax.pipeline.route import route
-    from persyn_jax.pipeline.tokens import prompt_tokens
-    from persyn_jax.sampling.scoring import pooled_states
+    from persyn_jax.models import router
+    from persyn_jax.pipeline.route import expect_cost, make_calibration, route, summary_lines
+    from persyn_jax.pipeline.states import kept_states
+    from persyn_jax.routing.preferences import reward_matrix
+    from persyn_jax.routing.strategies import Asked
 
     config, mesh = run.config, run.mesh()
     prompts = run.read(PROMPTS, Prompt)
     calibration = [prompt for prompt in prompts if prompt.split == "calibration"]
     rest = [prompt for prompt in prompts if prompt.split == "train"]
-    head, teachers, state_ND = load_router(run.folder / ROUTER)
+    routed = calibration + rest
+    rewards = run.read(REWARDS, Reward)
+    head, names, state_ND = router.load_router(run.folder / ROUTER)
+    seen = make_calibration(calibration, rewards, names, state_ND)
     if rest:
-        backbone = load(config.router_backbone, config.run.seed)
-        rest_ND = pooled_states(backbone, prompt_tokens(backbone.tokenizer, rest), mesh)
+        backbone, seed = config.router_backbone, config.run.seed
+        rest_ND = kept_states(run.folder / STATES, backbone, seed, rest, mesh)
         state_ND = np.concatenate([state_ND, rest_ND])
-    routes = route(calibration + rest, state_ND, head, teachers)
-    run.write(ROUTES, routes, Route)
-    return {"routes": len(routes)}
+    total_NM = None
+    if config.routing.strategy == "oracle":
+        rewards += _rewards_of_all(run, rest)
+        total_NM = reward_matrix(rewards, [prompt.id for prompt in routed], names)
+    asked = Asked(
+        source_N=[prompt.source for prompt in routed],
+        feature_ND=state_ND,
+        coefficient_NM=np.asarray(router.coefficients(head, state_ND)),
+        total_NM=total_NM,
+    )
+    teacher_of = {teacher.name: teacher for teacher in config.teachers}
+    teachers = [teacher_of[name] for name in names]
+    expected = expect_cost(routed, run.read(CALIBRATION_ANSWERS, Answer), teachers)
+    found = route(routed, asked, seen, expected, teachers, config.routing, config.run.seed)
+    for line in summary_lines(found.summary):
+        say(line)
+    run.write(ROUTES, found.routes, Route)
+    return found.summary
+
+
+def _rewards_of_all(run: Run, prompts: list[Prompt]) -> list[Reward]:
+    """Of all teachers' answers, which only the oracle knows. Raises ConfigError if one is not in
+    the answer store."""
+    from persyn_jax.pipeline.answers import Ask, stored_answers
+
+    config = run.config
+    asks = [Ask(prompt, teacher) for prompt in prompts for teacher in config.teachers]
+    with store.AnswerStore(config.run.answers) as answers:
+        found = stored_answers(asks, run.own_weights(), answers)
+    missing = [ask for ask, answer in zip(asks, found, strict=True) if answer is None]
+    if missing:
+        raise ConfigError(
+            "routing.strategy oracle: needs the answers of all teachers to all prompts, and "
+            f"{config.run.answers} lacks {len(missing)} of {len(asks)}, the first that of teacher "
+            f"{missing[0].teacher.name!r} to prompt {missing[0].prompt.id!r}"
+        )
+    answers_there = [answer for answer in found if answer is not None]
+    _, scored = _quality_and_rewards(run, prompts, answers_there)
+    return scored.rewards
 
 
 def _generate(run: Run, _: Path) -> dict[str, Any]:
-    from persyn_jax.pipeline.generate import check_cost, generate, to_examples
+    from persyn_jax.pipeline.answers import in_all
+    from persyn_jax.pipeline.generate import check_cost, generate, in_chunks, to_examples
 
     config = run.config
     prompts, routes = run.read(PROMPTS, Prompt), run.read(ROUTES, Route)
-    calibration = run.read(CALIBRATION_ANSWERS, Answer)
+    summaries = []
+
+    def chosen() -> Iterator[Answer]:
+        for chunk in in_chunks(routes, config.client):
+            found = generate(
+                prompts,
+                chunk,
+                config.teachers,
+                run.own_weights(),
+                answers,
+                config.client,
+                run.own_service,
+            )
+            summaries.append(found.summary)
+            yield from found.answers
+
     with store.AnswerStore(config.run.answers) as answers:
-        chosen = generate(
-            prompts,
-            routes,
-            config.teachers,
-            run.own_weights(),
-            answers,
-            config.client,
-            run.own_service,
-        )
-    examples = to_examples(prompts, chosen.answers)
-    run.write(ANSWERS, chosen.answers, Answer)
-    run.write(EXAMPLES, examples, Example)
-    teachers, summary = len(config.teachers), chosen.summary
+        run.write(ANSWERS, chosen(), Answer)
+    run.write(EXAMPLES, to_examples(prompts, run.iterate(ANSWERS, Answer)), Example)
+    calibration, answered = (run.iterate(name, Answer) for name in (CALIBRATION_ANSWERS, ANSWERS))
+    summary = in_all(summaries)
     return summary | {
-        "answers_generated": check_cost(prompts, teachers, calibration, chosen.answers),
-        "examples": len(examples),
+        "answers_generated": check_cost(prompts, len(config.teachers), calibration, answered),
+        "examples": sum(answer.usable for answer in run.iterate(ANSWERS, Answer)),
         "measured": summary["measured"] | run.service_counters(),
     }
 
@@ -167,18 +221,20 @@ def _train_student(run: Run, checkpoints: Path) -> dict[str, Any]:
     from persyn_jax.models.weights import load, load_tokenizer, save_folder
     from persyn_jax.pipeline.prompts import check_answers
     from persyn_jax.pipeline.tokens import conversations
-    from persyn_jax.pipeline.train_student import StudentTraining, train_student
+    from persyn_jax.pipeline.train_student import StudentTraining, draw_answers, train_student
     from persyn_jax.training.sinks import check_sinks, tracked
 
     run.stop_service()  # its memory is needed
     config, mesh = run.config, run.training_mesh()
     sinks = config.training.track if run.is_first else ()
     check_sinks(sinks)
-    answers = [answer for answer in run.read(ANSWERS, Answer) if answer.usable]
+    chosen = run.read(ANSWERS, Answer)
+    answers = draw_answers(chosen, config.training.examples, config.run.seed)
     tokens = conversations(load_tokenizer(config.student), run.read(PROMPTS, Prompt), answers)
     check_answers(answers, tokens, config.training)
     if run.is_first:
         _remove_others(checkpoints)
+    seed = config.run.seed if config.training.seed is None else config.training.seed
     metrics_file = run.folder / METRICS
     with contextlib.ExitStack() as stack:
         tracks = []  # from where the training begins, which it says itself
@@ -198,7 +254,7 @@ def _train_student(run: Run, checkpoints: Path) -> dict[str, Any]:
         trained = train_student(
             lambda: load(config.student, config.run.seed),
             tokens,
-            StudentTraining(config.training, config.gossip, config.run.seed),
+            StudentTraining(config.training, config.gossip, seed),
             mesh,
             checkpoints,
             on_start,
@@ -207,8 +263,10 @@ def _train_student(run: Run, checkpoints: Path) -> dict[str, Any]:
         )
     if run.is_first:
         save_folder(run.folder / STUDENT, trained.model)
+    drawn = {answer.prompt_id for answer in answers}
     return {
         "compiled_programs": trained.compiled_programs,
+        "left_out": [a.prompt_id for a in chosen if a.usable and a.prompt_id not in drawn],
         "held_out": [answers[index].prompt_id for index in trained.held_out],
     }
 
@@ -268,7 +326,7 @@ def _report(run: Run, _: Path) -> dict[str, Any]:
 def run_records(run: Run):
     """Everything that the finished stages wrote, as `reporting` takes it."""
     import persyn_jax
-    from persyn_jax.config import ConfigError, fingerprint
+    from persyn_jax.config import fingerprint
     from persyn_jax.reporting.report import RunRecords
 
     config = run.config
@@ -350,6 +408,17 @@ def _prompt_and_answer_files(config: RunConfig) -> tuple[Path, ...]:
     return prompts + _answer_files(config)
 
 
+def _routing_models(config: RunConfig) -> tuple[ModelConfig, ...]:
+    """The oracle looks up all answers, and scores them with the student."""
+    if config.routing.strategy != "oracle":
+        return _backbone(config)
+    return (*_backbone(config), *_scoring_models(config), *_service_model(config))
+
+
+def _routing_files(config: RunConfig) -> tuple[Path, ...]:
+    return _answer_files(config) if config.routing.strategy == "oracle" else ()
+
+
 def _none(_: RunConfig) -> tuple:
     return ()
 
@@ -387,12 +456,17 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         name="route",
-        modules=("persyn_jax.sampling.scoring", "persyn_jax.pipeline.route"),
-        reads=(PROMPTS, ROUTER),
+        modules=(
+            "persyn_jax.pipeline.states",
+            "persyn_jax.pipeline.route",
+            "persyn_jax.pipeline.quality",
+            "persyn_jax.pipeline.score",
+        ),
+        reads=(PROMPTS, CALIBRATION_ANSWERS, REWARDS, ROUTER),
         writes=(ROUTES,),
-        section=_section(),
-        models=_backbone,
-        files=_none,
+        section=_section("routing", "teachers", "quality", "rewards"),
+        models=_routing_models,
+        files=_routing_files,
         work=_route,
     ),
     Stage(

@@ -13,11 +13,14 @@ from jax.sharding import Mesh, NamedSharding
 
 from persyn_jax import gossip
 from persyn_jax import mesh as meshes
+from persyn_jax.config import ConfigError
 from persyn_jax.gossip import elastic
 from persyn_jax.gossip.theory import contraction
 from persyn_jax.models.decoder import Params
 from persyn_jax.models.rows import Conversation, Rows
 from persyn_jax.models.weights import Model
+from persyn_jax.records import Answer
+from persyn_jax.streams import numpy_stream
 from persyn_jax.training.batches import (
     Row,
     batch_rows,
@@ -180,6 +183,22 @@ def train_student(
     assert compiled <= 1, f"one batch shape must compile one program, compiled {compiled}"
     mean = uniform_mean(taken.state.params, mesh)
     return Trained(replace(student, params=mean), compiled, held_out)
+
+
+def draw_answers(answers: Sequence[Answer], count: int | None, seed: int) -> list[Answer]:
+    """`count` of the usable answers (None: all), in their order.
+
+    Drawn by prompts, usable or not: so two lists of answers to the same prompts differ in what is
+    drawn only where they differ in what is usable. Raises ConfigError where fewer are usable.
+    """
+    usable = [answer for answer in answers if answer.usable]
+    if count is None:
+        return usable
+    if len(usable) < count:
+        raise ConfigError(f"training.examples {count}: only {len(usable)} answers are usable")
+    order = numpy_stream(seed, "training examples").permutation(len(answers)).tolist()
+    drawn = [index for index in order if answers[index].usable][:count]
+    return [answers[index] for index in sorted(drawn)]
 
 
 def _schedule(workers: int, rounds: int, config: StudentTraining) -> gossip.Schedule:

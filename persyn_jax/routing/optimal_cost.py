@@ -161,23 +161,23 @@ def thin(curve: ParetoCurve, points: int) -> list[dict[str, float]]:
 
 
 def expected_usd(
-    prompt_tokens_N: np.ndarray,
-    answer_tokens_M: np.ndarray,
+    prompt_tokens_NM: np.ndarray,
+    answer_tokens_NM: np.ndarray,
     usd_per_million_prompt_tokens: Sequence[float | None],
     usd_per_million_answer_tokens: Sequence[float | None],
     teachers: Sequence[str],
 ) -> np.ndarray:
     """What each answer will cost, float64[N, M] in US dollars.
 
-    prompt_tokens_N: of each prompt. answer_tokens_M: mean length of each teacher's calibration
-    answers. Prices run parallel to `teachers`; raises ValueError where one is not known.
+    prompt_tokens_NM, answer_tokens_NM: expected, of each prompt as each teacher counts it. Prices
+    run parallel to `teachers`; raises ValueError where one is not known.
     """
     prices = usd_per_million_prompt_tokens, usd_per_million_answer_tokens
     for teacher, *of_teacher in zip(teachers, *prices, strict=True):
         if None in of_teacher:
             raise ValueError(f"the price of teacher {teacher!r} is not known, so no budget can be")
     prompt_M, answer_M = (np.array(price, np.float64) for price in prices)
-    return (np.multiply.outer(prompt_tokens_N, prompt_M) + answer_tokens_M * answer_M) / 1e6
+    return (prompt_tokens_NM * prompt_M + answer_tokens_NM * answer_M) / 1e6
 
 
 def _cheapest(reward_NM: np.ndarray, cost_NM: np.ndarray) -> np.ndarray:

@@ -57,23 +57,56 @@ def select(
 
     Raises ConfigError: the strategy lacks something that it needs, or no routes keep the limits.
     """
-    config, limits = config or StrategyConfig(), limits or Limits()
-    allowed_M = np.ones(len(teachers), bool) if limits.allowed_M is None else limits.allowed_M
-    columns_M = np.flatnonzero(allowed_M)
-    if not columns_M.size:
-        raise ConfigError("routing: every teacher is left out, so nobody can be asked")
+    limits = limits or Limits()
+    score_NM = scores(strategy, seen, asked, teachers, config, limits.allowed_M, seed)
+    return keep_limits(score_NM, seen, limits)
+
+
+def scores(
+    strategy: StrategyName,
+    seen: Calibration,
+    asked: Asked,
+    teachers: Sequence[str],
+    config: StrategyConfig | None = None,
+    allowed_M: np.ndarray | None = None,
+    seed: int = 0,
+) -> np.ndarray:
+    """The strategy's score of every teacher on each prompt, float64[N, M]: -inf where it may not be
+    asked.
+
+    Raises ConfigError as `select` does.
+    """
+    columns_M = _columns(allowed_M, len(teachers))
     known = Knowledge(
         _of_columns(seen, columns_M),
         _of_columns(asked, columns_M),
         [teachers[int(column)] for column in columns_M],
-        config,
+        config or StrategyConfig(),
         seed,
     )
-    score_NM = np.asarray(STRATEGIES[strategy](known), dtype=np.float64)
+    score_NM = np.full((len(asked.source_N), len(teachers)), -np.inf)
+    score_NM[:, columns_M] = STRATEGIES[strategy](known)
+    return score_NM
+
+
+def keep_limits(score_NM: np.ndarray, seen: Calibration, limits: Limits) -> np.ndarray:
+    """The routes of the best scores that keep the limits, int[N]; the second half of `select`.
+
+    score_NM: of `scores`, with the same teachers allowed. Raises ConfigError where none do.
+    """
+    columns_M = _columns(limits.allowed_M, score_NM.shape[1])
+    open_NM = score_NM[:, columns_M]
     if limits.least_margin is not None:
-        fallback = best_constant(known.seen.total_NM)
-        score_NM = _fall_back(score_NM, limits.least_margin, fallback)
-    return columns_M[_within_limits(score_NM, limits, columns_M)]
+        fallback = best_constant(seen.total_NM[:, columns_M])
+        open_NM = _fall_back(open_NM, limits.least_margin, fallback)
+    return columns_M[_within_limits(open_NM, limits, columns_M)]
+
+
+def _columns(allowed_M: np.ndarray | None, teachers: int) -> np.ndarray:
+    columns_M = np.arange(teachers) if allowed_M is None else np.flatnonzero(allowed_M)
+    if not columns_M.size:
+        raise ConfigError("routing: every teacher is left out, so nobody can be asked")
+    return columns_M
 
 
 def licence_gate(licence_M: Sequence[str], refused: Collection[str]) -> np.ndarray:

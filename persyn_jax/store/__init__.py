@@ -28,24 +28,27 @@ from persyn_jax.store.run_folder import (
 from persyn_jax.store.stages import (
     Fingerprints,
     Manifest,
+    adopt,
     discard,
     finish,
     finished,
     read_manifest,
 )
-from persyn_jax.store.tables import read_records, write_records
+from persyn_jax.store.tables import iterate_records, read_records, write_records
 
 __all__ = [
     "AnswerStore",
     "Fingerprints",
     "Manifest",
     "StoredAnswer",
+    "adopt",
     "answer_key",
     "append_metrics",
     "discard",
     "finish",
     "finished",
     "hold",
+    "iterate_records",
     "prepare",
     "read_json",
     "read_manifest",

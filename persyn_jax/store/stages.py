@@ -6,7 +6,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from persyn_jax.config import ConfigError
-from persyn_jax.store.files import read_json, sha256_of, write_json
+from persyn_jax.store.files import read_json, sha256_of, write_bytes, write_json
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,24 @@ def finish(
     )
     write_json(_manifest_path(folder, stage), dataclasses.asdict(manifest))
     return manifest
+
+
+def adopt(source: Path, target: Path, stage: str) -> None:
+    """Makes `stage`, finished in the run folder `source`, finished in `target` too: its outputs are
+    copied, then its manifest. What `target` had of another such stage is discarded.
+
+    Raises ConfigError where `source` has not finished it.
+    """
+    manifest = read_manifest(source, stage)
+    if manifest is None:
+        raise ConfigError(f"{source}: stage {stage} is not finished")
+    if read_manifest(target, stage) == manifest:
+        return
+    discard(target, stage)
+    for name in manifest.outputs:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(target / name, (source / name).read_bytes())
+    write_json(_manifest_path(target, stage), dataclasses.asdict(manifest))
 
 
 def discard(folder: Path, stage: str) -> None:

@@ -4,10 +4,11 @@ Anything that reads Parquet opens the files, `datasets.load_dataset("parquet", d
 (unless a table has no rows).
 """
 
-import dataclasses
 import io
 import types
 import typing
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -22,23 +23,35 @@ if TYPE_CHECKING:
 
 Record = TypeVar("Record", bound="DataclassInstance")
 
+_GROUP_ROWS = 10_000
 _SCALARS = {str: pa.string(), float: pa.float64(), int: pa.int64(), bool: pa.bool_()}
 
 
-def write_records(path: Path, records: list[Record], record_type: type[Record]) -> None:
+def write_records(path: Path, records: Iterable[Record], record_type: type[Record]) -> None:
     """Writes `records`, all of one dataclass, atomically; equal records give equal bytes.
 
-    Raises ConfigError naming `path`: a value that is not of its field's type, text with a lone
-    surrogate, disk full.
+    They are taken a row group at a time, so that no more of them need be in memory. Raises
+    ConfigError naming `path`: a value that is not of its field's type, text with a lone surrogate,
+    disk full.
     """
-    rows = [dataclasses.asdict(record) for record in records]
+    schema, sink = schema_of(record_type), io.BytesIO()
+    options: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
+    rest = iter(records)
     try:
-        table = pa.Table.from_pylist(rows, schema=schema_of(record_type))
-        sink = io.BytesIO()
-        pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+        with pq.ParquetWriter(sink, schema, **options) as writer:
+            group = list(islice(rest, _GROUP_ROWS))
+            while True:
+                writer.write_table(_table(group, schema))
+                if not (group := list(islice(rest, _GROUP_ROWS))):
+                    break
     except (pa.ArrowException, UnicodeEncodeError) as error:
         raise ConfigError(f"{path}: cannot hold these records: {_one_line(error)}") from None
     write_bytes(path, sink.getvalue())
+
+
+def _table(records: list[Record], schema: pa.Schema) -> pa.Table:
+    columns = {name: [getattr(record, name) for record in records] for name in schema.names}
+    return pa.Table.from_pydict(columns, schema=schema)
 
 
 def read_records(path: Path, record_type: type[Record]) -> list[Record]:
@@ -46,23 +59,42 @@ def read_records(path: Path, record_type: type[Record]) -> list[Record]:
 
     Raises ConfigError naming `path`: no such file, damaged file, records of another kind.
     """
+    return list(iterate_records(path, record_type))
+
+
+def iterate_records(path: Path, record_type: type[Record]) -> Iterator[Record]:
+    """The same one after the other, a row group in memory at a time; raises when it gets there."""
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            table, metadata = file.read(), file.metadata
+            metadata = file.metadata
+            rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+            # The pages carry checksums, the row counts at the end of the file do not.
+            _check_rows(path, metadata.num_rows, sum(rows))
+            _check_schema(path, file.schema_arrow, record_type)
+            for group, count in enumerate(rows):
+                table = file.read_row_group(group)
+                _check_rows(path, table.num_rows, count)
+                for batch in table.to_batches(max_chunksize=_GROUP_ROWS):
+                    yield from (record_type(**row) for row in batch.to_pylist())
+    except ConfigError:
+        raise
     except (pa.ArrowException, OSError, ValueError) as error:
         raise ConfigError(f"{path}: missing, damaged or not Parquet: {_one_line(error)}") from None
-    # The pages carry checksums, the row count at the end of the file does not.
-    groups = range(metadata.num_row_groups)
-    if table.num_rows != sum(metadata.row_group(group).num_rows for group in groups):
+
+
+def _check_rows(path: Path, one: int, other: int) -> None:
+    if one != other:
         raise ConfigError(f"{path}: damaged: its row counts disagree")
+
+
+def _check_schema(path: Path, found: pa.Schema, record_type: type) -> None:
     schema = schema_of(record_type)
-    if not table.schema.equals(schema):
-        difference = sorted(set(table.schema) ^ set(schema), key=lambda column: column.name)
+    if not found.equals(schema):
+        difference = sorted(set(found) ^ set(schema), key=lambda column: column.name)
         columns = ", ".join(dict.fromkeys(column.name for column in difference))
         raise ConfigError(
             f"{path}: holds no {record_type.__name__} records: columns that differ: {columns}"
         )
-    return [record_type(**row) for row in table.to_pylist()]
 
 
 def schema_of(record_type: type) -> pa.Schema:

@@ -78,6 +78,11 @@ class TrainConfig:
     """Supervised fine-tuning of the student."""
 
     epochs: Annotated[int, Field(ge=1)] = 1
+    examples: Annotated[int, Field(ge=2)] | None = None
+    """How many of the usable answers are used, those held out included, drawn by the run's seed;
+    null: all. Of two runs on the same prompts, both draw the same prompts as far as they can."""
+    seed: Annotated[int, Field(ge=0)] | None = None
+    """Of the order of examples, of what is held out and of who gossips; null: the run's."""
     rows: Annotated[int, Field(ge=1)] = 1
     """Rows of a batch, per worker."""
     row_tokens: Annotated[int, Field(ge=2)] = 256

@@ -2,7 +2,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from persyn_jax.intervals import mean_ci95, paired_difference_ci95, student_ci95
+from persyn_jax.intervals import (
+    crossed_ci95,
+    detectable_difference,
+    mean_ci95,
+    paired_deviation,
+    paired_difference_ci95,
+    student_ci95,
+)
 
 
 def test_close_to_the_t_interval_on_many_normal_values():
@@ -65,3 +72,45 @@ def test_what_has_no_interval_is_refused(values):
 def test_pairs_must_match():
     with pytest.raises(ValueError, match=r"\(2,\), \(1,\)"):
         paired_difference_ci95([1.0, 2.0], [1.0])
+
+
+def test_crossed_with_one_seed_is_as_wide_as_over_prompts_alone():
+    values = np.random.default_rng(3).normal(size=300)
+    crossed, plain = crossed_ci95(values[:, None]), mean_ci95(values)
+    assert crossed.mean == pytest.approx(plain.mean)
+    assert crossed.high - crossed.low == pytest.approx(plain.high - plain.low, rel=0.1)
+
+
+def test_crossed_covers_what_both_prompts_and_seeds_make_vary():
+    """Prompt effects alone would leave the truth out far more often than 5 times in 100."""
+    rng = np.random.default_rng(4)
+    trials, covered, by_prompts = 60, 0, 0
+    for _ in range(trials):
+        of_prompt, of_seed = rng.normal(size=(40, 1)), rng.normal(size=(1, 8))
+        values_NS = of_prompt + of_seed
+        interval, narrow = crossed_ci95(values_NS), mean_ci95(values_NS.mean(axis=1))
+        covered += interval.low <= 0 <= interval.high
+        by_prompts += narrow.low <= 0 <= narrow.high
+    assert covered >= 0.85 * trials > 0.8 * trials > by_prompts
+
+
+@pytest.mark.parametrize("values", [[], [[]], [1.0, 2.0], [[1.0, float("inf")]]])
+def test_what_has_no_crossed_interval_is_refused(values):
+    with pytest.raises(ValueError, match="two axes"):
+        crossed_ci95(values)
+
+
+@pytest.mark.parametrize("items", [300, 2000])
+def test_the_detectable_difference_is_found_four_times_in_five(items):
+    """Pairs of right and wrong drawn with the planted mean, correlation and difference."""
+    mean, correlation, trials = 0.4, 0.6, 4000
+    rng = np.random.default_rng(items)
+    effect = detectable_difference(items, paired_deviation(mean, correlation))
+    both = mean**2 + correlation * mean * (1 - mean)  # right twice
+    only = mean - both  # right on one side
+    counts = rng.multinomial(
+        items, [only + effect / 2, only - effect / 2, 1 - 2 * only], size=trials
+    )
+    difference = (counts[:, 0] - counts[:, 1]) / items
+    error = np.sqrt((counts[:, 0] + counts[:, 1]) / items - difference**2) / np.sqrt(items)
+    assert (difference / error > stats.norm.ppf(0.975)).mean() == pytest.approx(0.8, abs=0.03)

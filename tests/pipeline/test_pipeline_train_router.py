@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from persyn_jax.config import ConfigError
 from persyn_jax.mesh import make_mesh
 from persyn_jax.models.router import coefficients
-from persyn_jax.pipeline.route import route
+from persyn_jax.pipeline.route import make_routes
 from persyn_jax.pipeline.train_router import (
     RouterTraining,
     fold_standardisation,
@@ -109,7 +109,8 @@ def test_the_head_is_for_states_as_they_come(planted):
     """Routing the same states by the head that is kept: mostly to the best teacher."""
     state_ND, total_NM, head, _, _ = planted
     prompts = [make_prompt(f"p{n}") for n in range(len(state_ND))]
-    routes = route(prompts, state_ND, head, TEACHERS)
+    coefficient_NM = np.asarray(coefficients(head, state_ND))
+    routes = make_routes(prompts, coefficient_NM, coefficient_NM.argmax(axis=1), TEACHERS)
     best = [TEACHERS[m] for m in total_NM.argmax(axis=1)]
     assert np.mean([r.teacher == b for r, b in zip(routes, best, strict=True)]) > 0.8
     for each, row_M in zip(routes, coefficients(head, state_ND), strict=True):

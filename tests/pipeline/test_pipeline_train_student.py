@@ -13,7 +13,7 @@ from persyn_jax.models.rows import Conversation
 from persyn_jax.models.spec import ModelConfig
 from persyn_jax.pipeline.prompts import check_answers
 from persyn_jax.pipeline.tokens import conversations, prompt_tokens
-from persyn_jax.pipeline.train_student import StudentTraining, train_student
+from persyn_jax.pipeline.train_student import StudentTraining, draw_answers, train_student
 from persyn_jax.records import Answer, Prompt
 from persyn_jax.training.config import GossipConfig, TrainConfig
 
@@ -189,3 +189,29 @@ def test_a_training_goes_on_with_other_workers(tmp_path):
     assert [row["step"] for row in rows] == list(range(6, 13))
     assert all(sum(row["sum_weight"]) == 1 for row in rows)
     assert all(len(row["loss"]) == 4 for row in rows)
+
+
+def answers_of(usable: str) -> list[Answer]:
+    return [
+        Answer(str(n), str(n), "a", 0, "x" if u == "1" else "", "stop", 1, 1, None, "MIT", None)
+        for n, u in enumerate(usable)
+    ]
+
+
+def test_as_many_answers_are_drawn_as_are_asked_for_and_nearly_the_same_of_the_same_prompts():
+    all_usable, few = answers_of("1" * 40), answers_of("0" * 5 + "1" * 35)
+    drawn, again = draw_answers(all_usable, 30, seed=3), draw_answers(all_usable, 30, seed=3)
+    assert drawn == again
+    assert len(drawn) == 30
+    assert [int(a.prompt_id) for a in drawn] == sorted(int(a.prompt_id) for a in drawn)
+    of_few = draw_answers(few, 30, seed=3)
+    lost = sum(int(a.prompt_id) < 5 for a in drawn)
+    assert len({a.prompt_id for a in of_few} & {a.prompt_id for a in drawn}) == 30 - lost
+    assert draw_answers(all_usable, 30, seed=4) != drawn
+
+
+def test_all_usable_answers_are_used_if_no_number_is_given_and_too_few_are_refused():
+    answers = answers_of("10110")
+    assert [a.prompt_id for a in draw_answers(answers, None, seed=0)] == ["0", "2", "3"]
+    with pytest.raises(ConfigError, match=r"training\.examples 4: only 3 answers are usable"):
+        draw_answers(answers, 4, seed=0)

@@ -37,6 +37,8 @@ DOCUMENTED = {
     "run_batch.py",
     "check_endpoint.py",
     "client_speed.py",
+    "study.py",
+    "routing_scale.py",
 }
 # Those that ask an endpoint, or make files for a run, take no config; each with arguments whose
 # input is missing.

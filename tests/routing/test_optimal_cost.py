@@ -133,10 +133,11 @@ def test_by_hand():
 
 
 def test_expected_usd_by_hand():
-    found_NM = expected_usd(np.array([100, 0]), np.array([10, 50]), [2.0, 0.0], [4.0, 8.0], "ab")
-    np.testing.assert_allclose(found_NM, np.array([[240, 400], [40, 400]]) / 1e6)
+    read_NM, answered_NM = np.array([[100, 100], [0, 10]]), np.array([[10, 50], [10, 60]])
+    found_NM = expected_usd(read_NM, answered_NM, [2.0, 0.0], [4.0, 8.0], "ab")
+    np.testing.assert_allclose(found_NM, np.array([[240, 400], [40, 480]]) / 1e6)
     with pytest.raises(ValueError, match="price of teacher 'b' is not known"):
-        expected_usd(np.array([1]), np.array([1, 1]), [1.0, 1.0], [1.0, None], "ab")
+        expected_usd(read_NM, answered_NM, [1.0, 1.0], [1.0, None], "ab")
 
 
 def test_what_does_not_fit_is_passed_over_for_what_does():

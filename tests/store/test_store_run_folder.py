@@ -226,6 +226,24 @@ def test_discard_removes_the_manifest_and_its_outputs_only(folder):
     assert left == ["answers.parquet", "checkpoints", "stages", "student", "student/notes.txt"]
 
 
+def test_an_adopted_stage_is_finished_there_too_and_follows_the_source(folder, tmp_path):
+    other = tmp_path / "other"
+    store.prepare(other)
+    for content in ("routes", "routes again"):
+        (folder / "routes.parquet").write_text(content)
+        store.finish(folder, "route", FINGERPRINTS, ["routes.parquet", "student"], {}, 1.0)
+        store.adopt(folder, other, "route")
+        manifest = store.read_manifest(folder, "route")
+        assert store.finished(other, "route", FINGERPRINTS) == manifest
+        assert (other / "routes.parquet").read_text() == content
+    (other / "routes.parquet").write_text("changed")
+    store.adopt(folder, other, "route")  # does nothing: the change is for `finished` to tell
+    with pytest.raises(ConfigError, match=r"routes\.parquet has changed"):
+        store.finished(other, "route", FINGERPRINTS)
+    with pytest.raises(ConfigError, match="stage score is not finished"):
+        store.adopt(folder, other, "score")
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"stage": "route"}'])
 def test_a_damaged_manifest_is_named(folder, content):
     (folder / "stages" / "route.json").write_text(content)

@@ -73,6 +73,27 @@ def test_equal_records_give_equal_bytes_and_no_other_file(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"first.parquet", "second.parquet"}
 
 
+class Counted(str):
+    """Text that says how many of it there are."""
+
+    alive = most = 0
+
+    def __init__(self, _):
+        Counted.alive += 1
+        Counted.most = max(Counted.most, Counted.alive)
+
+    def __del__(self):
+        Counted.alive -= 1
+
+
+def test_many_records_are_taken_a_group_at_a_time(tmp_path):
+    path = tmp_path / "prompts.parquet"
+    many = (dataclasses.replace(PROMPT, id=Counted(number)) for number in range(35_000))
+    write_records(path, many, Prompt)
+    assert Counted.most < 25_000
+    assert [prompt.id for prompt in read_records(path, Prompt)] == [str(n) for n in range(35_000)]
+
+
 def test_datasets_reads_the_files(tmp_path):
     path = tmp_path / "prompts.parquet"
     write_records(path, [PROMPT, dataclasses.replace(PROMPT, id="p1", messages=[])], Prompt)

@@ -1,0 +1,251 @@
+"""What a study found: a row a strategy, as values and as Markdown, and a verdict that may be
+"undecided"."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from persyn_jax import store
+from persyn_jax.intervals import Interval, crossed_ci95, detectable_difference, paired_deviation
+from persyn_jax.pipeline.examine import Examination
+from persyn_jax.pipeline.stages import ANSWERS, CALIBRATION_ANSWERS
+from persyn_jax.pipeline.study import (
+    ALL_ANSWERS,
+    BASE,
+    BEFORE,
+    EXAMINATION,
+    Standing,
+    StudyConfig,
+    Trial,
+    all_trials,
+    route_config,
+    trial_name,
+)
+from persyn_jax.records import Answer
+from persyn_jax.routing.strategies import StrategyName
+
+PERSYN: StrategyName = "router"
+
+
+class Measured(NamedTuple):
+    """Every eval prompt, and every seed that is finished."""
+
+    score_NS: np.ndarray
+    """float64, in [0, 1]."""
+    log_likelihood_NS: np.ndarray
+    """float64: of the reference answer, nats a token."""
+
+
+def power_lines(config: StudyConfig) -> list[str]:
+    """What the study can find, before it starts."""
+    items = sum(source.counts.eval for source in config.sources.values() if source.counts)
+    if not items:
+        return ["detectable effect: not known before the prompt files are read"]
+    c = config.study
+    found = detectable_difference(items, paired_deviation(c.mean_score, c.correlation))
+    return [
+        f"detectable effect: a difference of {100 * found:.1f} points between two strategies is "
+        "found with 80 % power",
+        f"  ({items:,} eval prompts, paired; mean score {c.mean_score:g} and correlation "
+        f"{c.correlation:g} expected; what differs from seed to seed comes on top)",
+    ]
+
+
+def study_results(config: StudyConfig, standing: Standing) -> dict[str, Any]:
+    """What is finished so far, as values that JSON takes. The keys are stable:
+
+    study, eval_prompts, examples
+    trials           finished, of
+    untrained        mean_score and mean_log_likelihood of the student before training
+    strategies       a row for each strategy of which a student is finished:
+        strategy, seeds, mean_score, mean_log_likelihood
+        difference, log_likelihood_difference
+                     to PerSyn on the seeds that both have: mean, ci95 over prompts x seeds; null
+                     for PerSyn itself
+        answers_generated, tokens
+                     of all answers that the strategy needs, by itself
+        usable, left_out
+                     usable answers, and the prompts of those that were not trained on
+    detectable       difference of scores that is found with 80 % power, by the median spread
+                     of the differences to PerSyn; null while there are none
+    verdict          score, log_likelihood: a sentence each
+    """
+    measured = {
+        strategy: _measured(config, [t for t in standing.trials if t.strategy == strategy])
+        for strategy in config.study.strategies
+        if any(trial.strategy == strategy for trial in standing.trials)
+    }
+    rows = [_row(config, standing, strategy, measured) for strategy in measured]
+    before = _examinations(config, BASE, BEFORE)
+    detectable = _detectable(measured)
+    return {
+        "study": config.run.name,
+        "eval_prompts": len(before),
+        "examples": standing.examples,
+        "trials": {"finished": len(standing.trials), "of": len(list(all_trials(config)))},
+        "untrained": {
+            "mean_score": _mean([e.score for e in before]),
+            "mean_log_likelihood": _mean([e.reference_log_likelihood for e in before]),
+        },
+        "strategies": rows,
+        "detectable": detectable,
+        "verdict": {
+            "score": verdict_sentence("score", _differences(rows, "difference"), detectable),
+            "log_likelihood": verdict_sentence(
+                "log-likelihood of the reference answers",
+                _differences(rows, "log_likelihood_difference"),
+            ),
+        },
+    }
+
+
+def _measured(config: StudyConfig, trials: Sequence[Trial]) -> Measured:
+    found = [_examinations(config, trial_name(trial), EXAMINATION) for trial in trials]
+    return Measured(
+        np.array([[e.score for e in each] for each in found]).T,
+        np.array([[e.reference_log_likelihood for e in each] for each in found]).T,
+    )
+
+
+def _examinations(config: StudyConfig, name: str, file: str) -> list[Examination]:
+    return store.read_records(config.folder / name / file, Examination)
+
+
+def _row(
+    config: StudyConfig,
+    standing: Standing,
+    strategy: StrategyName,
+    measured: dict[StrategyName, Measured],
+) -> dict[str, Any]:
+    seeds = [trial.seed for trial in standing.trials if trial.strategy == strategy]
+    folder = route_config(config, strategy).run_folder
+    chosen = store.read_records(folder / ANSWERS, Answer)
+    manifest = store.read_manifest(config.folder / trial_name(Trial(strategy, seeds[0])), "trial")
+    assert manifest is not None
+    own, persyn = measured[strategy], measured.get(PERSYN)
+    differences: list[dict[str, Any] | None] = [None, None]
+    if strategy != PERSYN and persyn is not None:
+        both = min(own.score_NS.shape[1], persyn.score_NS.shape[1])  # seeds come in one order
+        differences = [
+            _as_values(crossed_ci95(mine_NS[:, :both] - other_NS[:, :both]))
+            for mine_NS, other_NS in zip(own, persyn, strict=True)
+        ]
+    return {
+        "strategy": strategy,
+        "seeds": seeds,
+        "mean_score": float(own.score_NS.mean()),
+        "difference": differences[0],
+        "mean_log_likelihood": float(own.log_likelihood_NS.mean()),
+        "log_likelihood_difference": differences[1],
+        **answer_cost(config, strategy, chosen),
+        "usable": sum(answer.usable for answer in chosen),
+        "left_out": manifest.summary["left_out"],
+    }
+
+
+def answer_cost(
+    config: StudyConfig, strategy: StrategyName, chosen: Sequence[Answer]
+) -> dict[str, int]:
+    """Answers, and their tokens, that the strategy needs: the chosen ones, those of all teachers on
+    the calibration prompts unless it learns nothing from them, and all there are for the oracle."""
+    base = config.folder / BASE
+    needed = list(chosen)
+    told = strategy in ("strong", "mix") and config.routing.strong is not None
+    if strategy != "random" and not told:
+        needed += store.read_records(base / CALIBRATION_ANSWERS, Answer)
+    if strategy == "oracle":
+        needed += store.read_records(base / ALL_ANSWERS, Answer)
+    tokens = {(a.prompt_id, a.teacher): a.prompt_tokens + a.completion_tokens for a in needed}
+    return {"answers_generated": len(tokens), "tokens": sum(tokens.values())}
+
+
+def _detectable(measured: dict[StrategyName, Measured]) -> float | None:
+    persyn = measured.get(PERSYN)
+    others = [m for strategy, m in measured.items() if strategy != PERSYN]
+    if persyn is None or not others:
+        return None
+    mean_N = persyn.score_NS.mean(axis=1)
+    deviations = [(other.score_NS.mean(axis=1) - mean_N).std() for other in others]
+    return detectable_difference(len(mean_N), float(np.median(deviations)))
+
+
+def _differences(rows: Sequence[dict[str, Any]], key: str) -> dict[str, Interval]:
+    return {
+        row["strategy"]: Interval(row[key]["mean"], *row[key]["ci95"])
+        for row in rows
+        if row[key] is not None
+    }
+
+
+def verdict_sentence(
+    measure: str, differences: dict[str, Interval], detectable: float | None = None
+) -> str:
+    """One sentence on PerSyn against all others; differences: other strategy minus PerSyn.
+
+    It opens with "PerSyn is" or "Undecided". The oracle, which no strategy can beat at choosing, is
+    compared like the others.
+    """
+    if not differences:
+        return f"Undecided by the {measure}: no two strategies are finished."
+    groups = {
+        "better than": [name for name, d in differences.items() if d.high < 0],
+        "worse than": [name for name, d in differences.items() if d.low > 0],
+        "undecided against": [name for name, d in differences.items() if d.low <= 0 <= d.high],
+    }
+    note = f"95 % intervals over prompts x seeds, {len(differences)} comparisons, not corrected"
+    if not groups["better than"] and not groups["worse than"]:
+        size = "" if detectable is None else f"; about {100 * detectable:.1f} points can be seen"
+        return f"Undecided by the {measure}: no strategy differs from PerSyn ({note}{size})."
+    parts = [f"{word} {', '.join(names)}" for word, names in groups.items() if names]
+    return f"By the {measure}, PerSyn is {'; '.join(parts)} ({note})."
+
+
+def markdown_lines(results: dict[str, Any]) -> list[str]:
+    """The results as a table in Markdown, with what stands around it."""
+    trials, untrained = results["trials"], results["untrained"]
+    lines = [
+        f"# {results['study']}: strategies compared",
+        "",
+        f"{results['eval_prompts']:,} eval prompts; every student trained on "
+        f"{results['examples']:,} answers; {trials['finished']} of {trials['of']} students "
+        "finished. Differences are to PerSyn (router), with 95 % intervals over prompts x seeds.",
+        "",
+        "| strategy | seeds | mean score | difference | log-likelihood | difference | answers | "
+        "tokens | left out |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in results["strategies"]:
+        lines.append(
+            f"| {row['strategy']} | {len(row['seeds'])} | {row['mean_score']:.4f} | "
+            f"{_interval(row['difference'])} | {row['mean_log_likelihood']:.4f} | "
+            f"{_interval(row['log_likelihood_difference'])} | {row['answers_generated']:,} | "
+            f"{row['tokens']:,} | {len(row['left_out'])} |"
+        )
+    lines += [
+        f"| (untrained) | | {untrained['mean_score']:.4f} | | "
+        f"{untrained['mean_log_likelihood']:.4f} | | | | |",
+        "",
+        *results["verdict"].values(),
+        "",
+        "log-likelihood: of the reference answers under the student, nats a token. answers, tokens:"
+        " all that the strategy needs, by itself. left out: usable answers that were not drawn, so "
+        "that all students train on equally many.",
+    ]
+    return lines
+
+
+def _interval(values: dict[str, Any] | None) -> str:
+    if values is None:
+        return "-"
+    low, high = values["ci95"]
+    return f"{values['mean']:+.4f} [{low:+.4f}, {high:+.4f}]"
+
+
+def _as_values(interval: Interval) -> dict[str, Any]:
+    return {"mean": interval.mean, "ci95": [interval.low, interval.high]}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)

@@ -1,0 +1,226 @@
+"""The study of strategies: on a tiny model with an endpoint that costs nothing, in two sittings."""
+
+import json
+import threading
+import zlib
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import count
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from persyn_jax import config as configs
+from persyn_jax import store
+from persyn_jax.config import ConfigError
+from persyn_jax.intervals import Interval
+from persyn_jax.pipeline.examine import Examination
+from persyn_jax.pipeline.study import StudyConfig, run_study
+from persyn_jax.pipeline.study_table import (
+    answer_cost,
+    markdown_lines,
+    power_lines,
+    study_results,
+    verdict_sentence,
+)
+from persyn_jax.records import Answer
+
+ROOT = Path(__file__).parents[2]
+SMALL_STUDY = ROOT / "configs" / "study_small.yaml"
+CALIBRATION, TRAIN, EVAL, TEACHERS = 8, 10, 6, 3
+WHERE = "http://127.0.0.1:9/v1"
+TINY = (
+    "run.name=tiny",
+    "sources={adding: {kind: reasoning_gym, task: basic_arithmetic, settings: {min_terms: 2,"
+    " max_terms: 2, min_digits: 1, max_digits: 2}, counts:"
+    f" {{calibration: {CALIBRATION}, train: {TRAIN}, eval: {EVAL}}}}}}}",
+    "service=null",
+    "student={weights: 'random:tiny'}",
+    "routing.family=[]",
+    "study={strategies: [router, oracle], seeds: [1, 2]}",
+    "router={steps: 4, pairs: 4}",
+    "gossip.workers=1",
+    "training={rows: 4, row_tokens: 192, row_response_tokens: 64, held_out: 2, measure_every: 9}",
+    "evaluation={max_tokens: 2, engine: {slots: 2, cache_length: 192, prefill_rows: 2,"
+    " prefill_chunk: 32, prefix_blocks: 8}}",
+)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Three models: c leaves some questions without an answer."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        drawn = zlib.crc32(asked["messages"][-1]["content"].encode())
+        said = {"a": "4", "b": f"the sum is {drawn % 90}", "c": "7 7 7" if drawn % 3 else ""}
+        message = {"role": "assistant", "content": said[asked["model"]]}
+        usage = {"prompt_tokens": 20, "completion_tokens": 5}
+        body = {"choices": [{"message": message, "finish_reason": "stop"}], "usage": usage}
+        reply = json.dumps(body).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(reply)))
+        self.end_headers()
+        self.wfile.write(reply)
+
+    def log_message(self, *_):
+        pass
+
+
+def tiny_study(folder: Path, url: str) -> StudyConfig:
+    teachers = [{"name": name, "licence": "MIT", "base_url": url, "model": name} for name in "abc"]
+    places = [f"run.folder={folder}", f"run.answers={folder / 'answers.sqlite'}"]
+    words = [*TINY, *places, f"teachers={json.dumps(teachers)}"]
+    return configs.load(StudyConfig, SMALL_STUDY, words)
+
+
+def load(*words: str) -> StudyConfig:
+    return configs.load(StudyConfig, SMALL_STUDY, words)
+
+
+OTHER = (f"teachers.3.base_url={WHERE}", f"teachers.4.base_url={WHERE}")
+
+
+def test_the_small_study_is_what_was_asked_for():
+    config = load(*OTHER)
+    assert len(config.study.strategies) == 11
+    assert len(config.study.seeds) == 3
+    assert len(config.sources) >= 4
+    assert "2.7 points" in power_lines(config)[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        ((), "teachers.3.base_url: is required for teacher 'other_short': the endpoint that"),
+        (OTHER[:1], "teachers.4.base_url: is required for teacher 'other_long'"),
+        ((*OTHER, "study.strategies=[random, car]"), "must hold router"),
+        ((*OTHER, "study.seeds=[1, 1]"), "study.seeds: one is given twice"),
+        ((*OTHER, "routing.family=[]"), "family_strong needs routing.family"),
+        ((*OTHER, "training.seed=1"), "the study sets them itself"),
+        (
+            ("teachers.3.model=null", "teachers.4.model=null"),
+            "one must be another model than the student",
+        ),
+    ],
+)
+def test_a_study_that_cannot_be_is_refused_in_one_line(words, match):
+    with pytest.raises(ConfigError, match=match) as refused:
+        load(*words)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory):
+    """Every student compiles the same programs anew."""
+    values = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in values}
+    for name, value in values.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def studied(tmp_path_factory, compiled_once):
+    """(config, where it stood, and what was there, after its first student, where it ended)."""
+    folder = tmp_path_factory.mktemp("study")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        config = tiny_study(folder, f"http://127.0.0.1:{server.server_port}/v1")
+        asked_again = count()
+        stopped = run_study(config, may_go_on=lambda: next(asked_again) < 4)
+        at_stop = sorted(path.name for path in config.folder.iterdir())
+        standing = run_study(config)
+        server.shutdown()
+    return config, stopped, at_stop, standing
+
+
+@pytest.mark.slow
+def test_a_sitting_ends_after_its_unit_and_the_next_one_goes_on(studied):
+    config, stopped, at_stop, standing = studied
+    assert [(t.strategy, t.seed) for t in stopped.trials] == [("router", 1)]
+    assert at_stop == ["base", "oracle-1", "router-1"]
+    assert [(t.strategy, t.seed) for t in standing.trials] == [
+        (strategy, seed) for seed in (1, 2) for strategy in ("router", "oracle")
+    ]
+    assert study_results(config, stopped)["verdict"]["score"].startswith("Undecided")
+
+
+@pytest.mark.slow
+def test_every_student_trains_on_equally_many_answers_of_its_own(studied):
+    config, _, _, standing = studied
+    for trial in standing.trials:
+        folder = config.folder / f"{trial.strategy}-{trial.seed}"
+        answers = store.read_records(folder / "answers.parquet", Answer)
+        left_out = store.read_manifest(folder, "trial").summary["left_out"]
+        assert sum(answer.usable for answer in answers) - len(left_out) == standing.examples
+        assert not (folder / "student").exists()
+
+
+@pytest.mark.slow
+def test_the_table_counts_answers_and_pairs_items(studied):
+    config, _, _, standing = studied
+    results = study_results(config, standing)
+    rows = {row["strategy"]: row for row in results["strategies"]}
+    prompts = CALIBRATION + TRAIN
+    assert rows["router"]["answers_generated"] == prompts + CALIBRATION * (TEACHERS - 1)
+    chosen = store.read_records(config.folder / "router-1" / "answers.parquet", Answer)
+    assert answer_cost(config, "random", chosen)["answers_generated"] == prompts
+    assert rows["oracle"]["answers_generated"] == prompts * TEACHERS
+    assert rows["router"]["difference"] is None
+
+    def likelihoods(strategy):
+        folders = [config.folder / f"{strategy}-{seed}" for seed in (1, 2)]
+        found = [store.read_records(f / "examination.parquet", Examination) for f in folders]
+        return np.array([[each.reference_log_likelihood for each in one] for one in found])
+
+    difference = likelihoods("oracle") - likelihoods("router")
+    assert difference.shape == (2, EVAL)
+    found = rows["oracle"]["log_likelihood_difference"]
+    assert found["mean"] == pytest.approx(difference.mean())
+    assert found["ci95"][0] <= found["mean"] <= found["ci95"][1]
+    text = "\n".join(markdown_lines(json.loads(json.dumps(results, allow_nan=False))))
+    assert "| oracle | 2 |" in text
+    assert "4 of 4 students finished" in text
+
+
+@pytest.mark.slow
+def test_a_finished_study_does_nothing_and_another_config_is_refused(studied, monkeypatch):
+    config, _, _, standing = studied
+
+    def never(*_, **__):
+        raise AssertionError("loaded a model again")
+
+    monkeypatch.setattr("persyn_jax.models.weights.load", never)
+    monkeypatch.setattr("persyn_jax.pipeline.states.load", never)
+    assert run_study(config) == standing
+    values = configs.to_values(config)
+    values["training"]["epochs"] = 2
+    changed = configs.validate(StudyConfig, values, where="changed")
+    with pytest.raises(ConfigError, match=r"stage trial is finished, but config training\.epochs"):
+        run_study(changed)
+
+
+def between(low, high):
+    return Interval((low + high) / 2, low, high)
+
+
+def test_the_verdict_says_what_the_intervals_say():
+    better, worse, unsure = between(-0.3, -0.1), between(0.1, 0.2), between(-0.1, 0.2)
+    text = verdict_sentence("score", {"car": better, "oracle": worse, "knn": unsure})
+    assert "PerSyn is better than car; worse than oracle; undecided against knn" in text
+    text = verdict_sentence("score", {"knn": unsure}, detectable=0.031)
+    assert text.startswith("Undecided by the score: no strategy differs from PerSyn")
+    assert "3.1 points" in text
