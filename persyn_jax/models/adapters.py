@@ -59,8 +59,8 @@ def adapter_shapes(config: DecoderConfig, rank: int, targets: Sequence[str]) -> 
     """
     if config.family == "phi3" and (fused := [part for part in targets if part in FUSED_PARTS]):
         raise ConfigError(
-            f"lora.targets: {fused[0]!r} is part of a larger tensor in a phi3 model's files, and so "
-            "has no place for an adapter; allowed: o, down"
+            f"lora.targets: {fused[0]!r} is part of a larger tensor in a phi3 model's files, "
+            "which has no place for its adapter; allowed: o, down"
         )
     layers = jax.eval_shape(lambda: decoder.init(config, jax.random.key(0)))["layers"]
 

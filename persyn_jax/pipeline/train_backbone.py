@@ -109,9 +109,7 @@ class Bucket(NamedTuple):
     """Indices of each worker's pairs, at least one: where there are too few, some have the same."""
 
 
-def deal(
-    lessons: Lessons, seen: Sequence[tuple[int, ...]], config: RouterTraining
-) -> list[Bucket]:
+def deal(lessons: Lessons, seen: Sequence[tuple[int, ...]], config: RouterTraining) -> list[Bucket]:
     """All pairs by the length of their prompts, each length's dealt among the workers."""
     workers = config.gossip.workers
     length_P = np.array([_padded(len(seen[n])) for n in lessons.preferences.prompt_index_P])

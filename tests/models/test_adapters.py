@@ -91,7 +91,7 @@ def test_round_trip_is_bitwise(folder):
 
 
 def test_the_folder_is_as_peft_documents_it(tmp_path):
-    """Keys of a checkpoint and of its config, from PEFT's developer guide on checkpoints, version 0.20."""
+    """Keys of a checkpoint and of its config, from PEFT's own guide to them, version 0.20."""
     found = random_adapters(("q", "down"))
     adapters.write_adapters(tmp_path, found, "owner/base", None)
     layers = found.params["layers"]

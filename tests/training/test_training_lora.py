@@ -124,11 +124,9 @@ def test_the_first_loss_is_that_of_the_base(trained):
 
 
 def test_the_gradient_is_that_through_the_merged_kernels():
-    """The chain rule by hand: d/dB = scale G A', d/dA = scale B' G, with G that of W + scale B A."""
+    """The chain rule by hand: d/dB = s G A', d/dA = s B' G, with G that of W + s B A."""
     rng = np.random.default_rng(1)
-    adapters = jax.tree.map(
-        lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32), ADAPTERS
-    )
+    adapters = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32), ADAPTERS)
     batch = jax.tree.map(lambda leaf: leaf[0], batches()[0])
     loss = functools.partial(adapter_loss, ADAPTED, "nothing")
     found = jax.jit(jax.grad(loss, has_aux=True))(adapters, batch, BASE)[0]["layers"]
