@@ -57,9 +57,9 @@ def train_backbone(
     standard = standardisation(pooled_states(backbone, seen, mesh))
     task = _task(lessons, seen, backbone, standard, len(teachers), config)
     learned = fit(task, config, mesh, on_metrics)
-    trained: Model | Adapters = replace(backbone, params=learned["backbone"])
-    whole = trained
-    if config.lora is not None:
+    if config.lora is None:
+        trained = whole = replace(backbone, params=learned["backbone"])
+    else:
         trained = Adapters(learned["backbone"], config.lora.alpha)
         whole = replace(backbone, params=merge(backbone.params, trained))
     # As the kept backbone says: adapters that are applied, not merged, differ by rounding.
