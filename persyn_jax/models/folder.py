@@ -29,11 +29,23 @@ _ARCHITECTURES = {
     "phi3": "Phi3ForCausalLM",
 }
 _LAYER = "model.layers.{}."
+KERNEL_MODULES = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+"""What files call the parts of a layer that have a kernel."""
 # Phi-3 stores these as one tensor, one after the other.
 _FUSED = {
     "self_attn.qkv_proj.weight": tuple(f"self_attn.{part}_proj.weight" for part in "qkv"),
     "mlp.gate_up_proj.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
 }
+FUSED_PARTS = ("q", "k", "v", "gate", "up")
+"""The parts of a layer whose kernels those are."""
 
 
 def read_config(folder: Path) -> DecoderConfig:
@@ -51,8 +63,7 @@ def parameter_names(config: DecoderConfig) -> dict[str, Any]:
     layers = {
         "attention_norm": {"scale": weight("input_layernorm")},
         "mlp_norm": {"scale": weight("post_attention_layernorm")},
-        **{part: {"kernel": weight(f"self_attn.{part}_proj")} for part in "qkvo"},
-        **{part: {"kernel": weight(f"mlp.{part}_proj")} for part in ("gate", "up", "down")},
+        **{part: {"kernel": weight(module)} for part, module in KERNEL_MODULES.items()},
     }
     if config.attention_bias:
         for part in "qkv":

@@ -6,8 +6,9 @@ one Bradley-Terry coefficient per teacher.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import flax.linen as nn
@@ -16,9 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from persyn_jax.config import ConfigError
+from persyn_jax.models.adapters import Adapters, merge, read_adapters, write_adapters
 from persyn_jax.models.decoder import Array, Params
+from persyn_jax.models.file_checks import read_json, shown
+from persyn_jax.models.spec import ModelConfig
+from persyn_jax.models.weights import Model, load, save_folder
 
 _DESCRIPTION, _HEAD, _STATES = "router.json", "head.safetensors", "calibration_states.safetensors"
+_ADAPTER, _BACKBONE = "adapter", "backbone"
 
 
 class CoefficientHead(nn.Module):
@@ -48,26 +54,71 @@ def coefficients(params: Params, pooled_BD: Array) -> jax.Array:
     return head.apply({"params": params}, pooled_BD)
 
 
-def save_router(
-    folder: Path, head: Params, teachers: list[str], backbone: str, state_ND: np.ndarray
-) -> None:
-    """Writes the head with the names of its teachers, and the calibration prompts' pooled states.
+class Router(NamedTuple):
+    """A trained router."""
 
-    state_ND: so that the calibration prompts need not be read again to be routed.
+    head: Params
+    """For pooled states as they come."""
+    state_ND: np.ndarray
+    """float32, pooled states of the calibration prompts: they need not be read again to be
+    routed."""
+    backbone: Model | Adapters | None = None
+    """All of it if all of it learned, or the adapters that did; None: it is as it was."""
+
+
+def save_router(folder: Path, router: Router, teachers: list[str], source: ModelConfig) -> None:
+    """Writes the router with the names of its teachers. source: of its backbone.
+
+    Adapters become a PEFT folder `adapter`, a backbone that is all new a Hugging Face folder
+    `backbone`. Raises ConfigError as `folder.write`.
     """
     from safetensors.numpy import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: np.ascontiguousarray(array) for name, array in head.items()}, folder / _HEAD)
-    save_file({"states": np.ascontiguousarray(state_ND)}, folder / _STATES)
-    described = {"teachers": teachers, "backbone": backbone, "pooling": "last token"}
+    head = {name: np.ascontiguousarray(array) for name, array in router.head.items()}
+    save_file(head, folder / _HEAD)
+    save_file({"states": np.ascontiguousarray(router.state_ND)}, folder / _STATES)
+    trained = "frozen"
+    if isinstance(router.backbone, Adapters):
+        trained = "lora"
+        write_adapters(folder / _ADAPTER, router.backbone, source.weights, source.revision)
+    elif router.backbone is not None:
+        trained = "full"
+        save_folder(folder / _BACKBONE, router.backbone)
+    described = {
+        "teachers": teachers,
+        "backbone": source.weights,
+        "train": trained,
+        "pooling": "last token",
+    }
     (folder / _DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n")
+
+
+def load_backbone(folder: Path, source: ModelConfig, seed: int) -> Model:
+    """The backbone of the router in `folder`, with what it learned.
+
+    source, seed: of the backbone before, as `weights.load` takes them. Raises ConfigError as that,
+    and naming the file of the router that is missing or damaged.
+    """
+    path = folder / _DESCRIPTION
+    trained = read_json(path).get("train")
+    if trained == "full":
+        own = ModelConfig(weights=str(folder / _BACKBONE), chat_template=source.chat_template)
+        return load(own)
+    model = load(source, seed)
+    if trained == "lora":
+        adapters = read_adapters(folder / _ADAPTER, model.config)
+        return replace(model, params=merge(model.params, adapters))
+    if trained != "frozen":
+        raise ConfigError(f"{path}: train is {shown(trained)}, must be frozen, lora or full")
+    return model
 
 
 def load_router(folder: Path) -> tuple[Params, list[str], np.ndarray]:
     """(head, teachers, pooled states of the calibration prompts), as `save_router` wrote them.
 
-    Raises ConfigError naming the file that is missing or damaged.
+    The backbone is read by `load_backbone`. Raises ConfigError naming the file that is missing or
+    damaged.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file

@@ -10,7 +10,7 @@ from typing import Annotated
 from pydantic import Field
 
 from persyn_jax.config import ConfigError, config_class
-from persyn_jax.models.file_checks import positive_float, positive_int
+from persyn_jax.models.file_checks import positive_float, positive_int, read_json, shown
 from persyn_jax.models.safetensors_file import weight_files
 
 # `weights` takes these from here.
@@ -65,13 +65,24 @@ def locate(model: ModelConfig) -> Path | None:
     if spec.startswith("package:"):
         return _package_file(spec.removeprefix("package:"))
     if (path := Path(spec)).exists():
-        return path
+        return _no_adapter(spec, path)
     if _is_hub_id(spec):
-        return _hub_folder(spec, model.revision)
+        return _no_adapter(spec, _hub_folder(spec, model.revision))
     raise ConfigError(
         f"model {spec!r}: no such file or folder (allowed: package:NAME, a *.gguf file, "
         "a Hugging Face folder, a hub id owner/name, random:tiny)"
     )
+
+
+def _no_adapter(spec: str, path: Path) -> Path:
+    adapter = path / "adapter_config.json"
+    if adapter.exists() and not (path / "config.json").exists():
+        base = read_json(adapter).get("base_model_name_or_path")
+        raise ConfigError(
+            f"model {spec!r}: a PEFT adapter of {shown(base)}, not a whole model: merge the "
+            "two and name the folder that this makes"
+        )
+    return path
 
 
 def _is_hub_id(spec: str) -> bool:

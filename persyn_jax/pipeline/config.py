@@ -14,7 +14,13 @@ from persyn_jax.routing.selection import licence_gate
 from persyn_jax.routing.strategies import StrategyConfig, StrategyName
 from persyn_jax.sampling.config import ClientConfig, EngineConfig, ServiceConfig, TeacherConfig
 from persyn_jax.sampling.spending import price
-from persyn_jax.training.config import GossipConfig, MeshConfig, OptimiserConfig, TrainConfig
+from persyn_jax.training.config import (
+    GossipConfig,
+    LoraConfig,
+    MeshConfig,
+    OptimiserConfig,
+    TrainConfig,
+)
 
 
 @config_class
@@ -98,16 +104,24 @@ QualityConfig = Annotated[
 
 @config_class
 class RouterConfig:
-    """The router: a frozen backbone with a trained coefficient head."""
+    """The router: a language model with a trained coefficient head."""
 
     backbone: ModelConfig | None = None
     """Null: the student itself, before training."""
+    train: Literal["frozen", "lora", "full"] = "frozen"
+    """What learns of the backbone with the head: nothing, adapters beside its kernels, or all. The
+    first reads every prompt once, the others in each step: choose fewer `pairs`."""
+    lora: LoraConfig = LoraConfig()
+    """Of `train: lora`."""
+    backbone_optimiser: OptimiserConfig = OptimiserConfig()
+    """Of what learns of the backbone."""
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.4
     """Part of the calibration prompts that judges the router; it learns from the others."""
     steps: Annotated[int, Field(ge=1)] = 60
     pairs: Annotated[int, Field(ge=1)] = 64
     """Preference pairs in a batch, per worker."""
     optimiser: OptimiserConfig = OptimiserConfig(learning_rate=1e-2)
+    """Of the head."""
     neighbours: Annotated[int, Field(ge=1)] = 5
     """Of the kNN baseline."""
 

@@ -78,7 +78,6 @@ def load_router_of(run: Run) -> tuple[Choose, list[str]]:
     from persyn_jax import mesh as meshes
     from persyn_jax.models import router
     from persyn_jax.models.tokenizer import prompt_ids
-    from persyn_jax.models.weights import load
     from persyn_jax.pipeline.stages import ROUTER
     from persyn_jax.sampling.scoring import pooled_states
 
@@ -87,7 +86,8 @@ def load_router_of(run: Run) -> tuple[Choose, list[str]]:
         raise ConfigError(f"{run.folder}: has no router; run the stages up to train_router first")
     head, teachers, _ = router.load_router(folder)
     meshes.start_platform(run.config.run.platform, 1)
-    mesh, backbone = meshes.make_mesh(1), load(run.config.router_backbone, run.config.run.seed)
+    mesh, config = meshes.make_mesh(1), run.config
+    backbone = router.load_backbone(folder, config.router_backbone, config.run.seed)
     on_mesh = jax.device_put(backbone.params, meshes.replicated(mesh))  # once, not in every request
     backbone = dataclasses.replace(backbone, params=on_mesh)
 

@@ -145,8 +145,9 @@ def _draw(config: RoutingScaleConfig, run: Run) -> dict[str, Any]:
         "bias": rng.normal(size=len(teachers)).astype(np.float32),
     }
     seen_ND, rest_ND = np.split(state_ND, [config.calibration])
-    router.save_router(run.folder / ROUTER, head, teachers, "random:tiny", seen_ND)
-    keep_states(run.folder / STATES, run.config.router_backbone, config.seed, rest, rest_ND)
+    backbone, folder = run.config.router_backbone, run.folder / ROUTER
+    router.save_router(folder, router.Router(head, seen_ND), teachers, backbone)
+    keep_states(run.folder / STATES, folder, backbone, config.seed, rest, rest_ND)
     return {"prompts": config.prompts, "calibration_answers": len(answers)}
 
 

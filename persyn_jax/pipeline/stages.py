@@ -86,38 +86,44 @@ def _quality_and_rewards(run: Run, prompts: list[Prompt], answers: list[Answer])
 
 
 def _train_router(run: Run, _: Path) -> dict[str, Any]:
-    from persyn_jax.models.router import save_router
+    from persyn_jax.models.router import Router, save_router
     from persyn_jax.models.weights import load
     from persyn_jax.pipeline.tokens import prompt_tokens
+    from persyn_jax.pipeline.train_backbone import train_backbone
     from persyn_jax.pipeline.train_router import RouterTraining, train_router
     from persyn_jax.sampling.scoring import pooled_states
 
-    config, mesh = run.config, run.mesh()
+    config, mesh, c = run.config, run.mesh(), run.config.router
     prompts = [p for p in run.read(PROMPTS, Prompt) if p.split == "calibration"]
     backbone = load(config.router_backbone, config.run.seed)
-    state_ND = pooled_states(backbone, prompt_tokens(backbone.tokenizer, prompts), mesh)
+    tokens = prompt_tokens(backbone.tokenizer, prompts)
     rewards = run.read(REWARDS, Reward)
     teachers = list(dict.fromkeys(reward.teacher for reward in rewards))
     metrics_file = run.folder / METRICS
     store.truncate_metrics(metrics_file, "train_router", 0)
-    head, metrics = train_router(
-        prompts,
-        rewards,
-        teachers,
-        state_ND,
-        RouterTraining(
-            held_out=config.router.held_out,
-            steps=config.router.steps,
-            pairs=config.router.pairs,
-            optimiser=config.router.optimiser,
-            neighbours=config.router.neighbours,
-            gossip=config.gossip,
-            seed=config.run.seed,
-        ),
-        mesh,
-        lambda row: store.append_metrics(metrics_file, {"stage": "train_router", **row}),
+    training = RouterTraining(
+        held_out=c.held_out,
+        steps=c.steps,
+        pairs=c.pairs,
+        optimiser=c.optimiser,
+        neighbours=c.neighbours,
+        gossip=config.gossip,
+        seed=config.run.seed,
+        lora=c.lora if c.train == "lora" else None,
+        backbone_optimiser=c.backbone_optimiser,
     )
-    save_router(run.folder / ROUTER, head, teachers, config.router_backbone.weights, state_ND)
+    calibration = prompts, rewards, teachers
+
+    def on_metrics(row: dict[str, Any]) -> None:
+        store.append_metrics(metrics_file, {"stage": "train_router", **row})
+
+    if c.train == "frozen":
+        state_ND = pooled_states(backbone, tokens, mesh)
+        head, metrics = train_router(*calibration, state_ND, training, mesh, on_metrics)
+        router = Router(head, state_ND)
+    else:
+        router, metrics = train_backbone(*calibration, backbone, tokens, training, mesh, on_metrics)
+    save_router(run.folder / ROUTER, router, teachers, config.router_backbone)
     return {"router": metrics}
 
 
@@ -140,7 +146,7 @@ def _route(run: Run, _: Path) -> dict[str, Any]:
     seen = make_calibration(calibration, rewards, names, state_ND)
     if rest:
         backbone, seed = config.router_backbone, config.run.seed
-        rest_ND = kept_states(run.folder / STATES, backbone, seed, rest, mesh)
+        rest_ND = kept_states(run.folder / STATES, run.folder / ROUTER, backbone, seed, rest, mesh)
         state_ND = np.concatenate([state_ND, rest_ND])
     total_NM = None
     if config.routing.strategy == "oracle":
@@ -218,6 +224,7 @@ def _generate(run: Run, _: Path) -> dict[str, Any]:
 
 
 def _train_student(run: Run, checkpoints: Path) -> dict[str, Any]:
+    from persyn_jax.models.adapters import write_adapters
     from persyn_jax.models.weights import load, load_tokenizer, save_folder
     from persyn_jax.pipeline.prompts import check_answers
     from persyn_jax.pipeline.tokens import conversations
@@ -263,6 +270,9 @@ def _train_student(run: Run, checkpoints: Path) -> dict[str, Any]:
         )
     if run.is_first:
         save_folder(run.folder / STUDENT, trained.model)
+        if trained.adapters is not None:
+            folder, base = run.folder / STUDENT / "adapter", config.student
+            write_adapters(folder, trained.adapters, base.weights, base.revision)
     drawn = {answer.prompt_id for answer in answers}
     return {
         "compiled_programs": trained.compiled_programs,
@@ -446,7 +456,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         name="train_router",
-        modules=("persyn_jax.sampling.scoring", "persyn_jax.pipeline.train_router"),
+        modules=("persyn_jax.sampling.scoring", "persyn_jax.pipeline.train_backbone"),
         reads=(PROMPTS, REWARDS),
         writes=(ROUTER,),
         section=_section("router", "gossip"),

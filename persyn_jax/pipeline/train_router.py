@@ -1,23 +1,25 @@
-"""Stage train_router: preference pairs, a coefficient head on a frozen backbone, and the verdict.
+"""Stage train_router: preference pairs, a coefficient head on a backbone, and the verdict.
 
 The head learns standardised states (AdamW then needs no tuning to a backbone's scale); the
-standardisation is folded into the head that is kept.
+standardisation is folded into the head that is kept. Here the backbone is frozen; what is shared
+with one that learns (`train_backbone`) stands here, too.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from persyn_jax import gossip
 from persyn_jax import mesh as meshes
 from persyn_jax.config import ConfigError
 from persyn_jax.models import router
-from persyn_jax.models.decoder import Params
+from persyn_jax.models.decoder import Array, Params
 from persyn_jax.records import Prompt, Reward
 from persyn_jax.routing.preferences import (
     Preferences,
@@ -28,11 +30,14 @@ from persyn_jax.routing.preferences import (
 from persyn_jax.routing.strategies import Calibration
 from persyn_jax.routing.verdict import judge_router
 from persyn_jax.streams import numpy_stream
-from persyn_jax.training.config import GossipConfig, OptimiserConfig
+from persyn_jax.training.config import GossipConfig, LoraConfig, OptimiserConfig
 from persyn_jax.training.loop import run_steps, uniform_mean
-from persyn_jax.training.losses import Pairs, bradley_terry_loss
+from persyn_jax.training.losses import Pairs, Standardisation, bradley_terry_loss
 from persyn_jax.training.optimisers import make_optimiser
 from persyn_jax.training.step import (
+    LossFunction,
+    StepMetrics,
+    TrainState,
     compiled_programs,
     init_state,
     make_train_step,
@@ -54,6 +59,40 @@ class RouterTraining:
     neighbours: int
     gossip: GossipConfig
     seed: int
+    lora: LoraConfig | None = None
+    """Of a backbone that learns; null: all of it does."""
+    backbone_optimiser: OptimiserConfig | None = None
+    """Of a backbone that learns."""
+
+
+class Lessons(NamedTuple):
+    """What calibration tells a router."""
+
+    total_NM: np.ndarray
+    """float64, the rewards."""
+    source_N: np.ndarray
+    """Where each prompt comes from."""
+    seen_N: np.ndarray
+    """Indices of the prompts that the router learns from."""
+    held_out_N: np.ndarray
+    """Those that judge it."""
+    preferences: Preferences
+    """Of the seen prompts."""
+
+
+class Task(NamedTuple):
+    """What gossiping workers learn."""
+
+    loss: LossFunction
+    params: Params
+    """What every worker starts from, NumPy."""
+    optimiser: optax.GradientTransformation
+    batch_at: Callable[[int], Any]
+    """Number of a step -> batches of all workers, NumPy [W, B, ...]."""
+    batch_shapes: int = 1
+    """How many there are: for each a program is compiled."""
+    frozen: tuple[Params, ...] = ()
+    """What the loss takes besides, NumPy."""
 
 
 def train_router(
@@ -75,6 +114,23 @@ def train_router(
     Raises ConfigError when either part would be empty, RuntimeError when the rewards give too few
     preference pairs.
     """
+    lessons = make_lessons(prompts, rewards, teachers, config)
+    # One scale for all dimensions: with one each, the many that hold only noise would weigh as much
+    # as the few that tell prompts apart.
+    standard = standardisation(state_ND[lessons.seen_N])
+    task = _head_task(lessons, state_ND, standard, len(teachers), config)
+    head = fold_standardisation(fit(task, config, mesh, on_metrics), *standard)
+    return head, judge(head, state_ND, lessons, teachers, config.neighbours)
+
+
+def make_lessons(
+    prompts: Sequence[Prompt],
+    rewards: Sequence[Reward],
+    teachers: Sequence[str],
+    config: RouterTraining,
+) -> Lessons:
+    """Raises ConfigError when either part of the prompts would be empty, RuntimeError when the
+    rewards give too few preference pairs."""
     seen_N, held_out_N = split_calibration(prompts, config.held_out, config.seed)
     if not (len(seen_N) and len(held_out_N)):
         raise ConfigError(
@@ -90,28 +146,24 @@ def train_router(
             f"the rewards of {len(seen_N)} calibration prompts give {pairs} preference pairs for "
             f"{config.gossip.workers} workers: the teachers' totals are equal nearly everywhere"
         )
-    # One scale for all dimensions: with one each, the many that hold only noise would weigh as much
-    # as the few that tell prompts apart.
-    mean_D = state_ND[seen_N].mean(axis=0)
-    scale = float(np.linalg.norm(state_ND[seen_N] - mean_D, axis=1).mean()) or 1.0
-    input_ND = (state_ND[seen_N] - mean_D) / scale
-    head = _fit(preferences, input_ND, len(teachers), config, mesh, on_metrics)
-    head = fold_standardisation(head, mean_D, scale)
-
-    if np.isnan(total_NM).any():
-        return head, {
-            "trained_on": len(seen_N),
-            "pairs": pairs,
-            **_judge_pairs(head, total_NM[held_out_N], state_ND[held_out_N]),
-        }
     source_N = np.array([prompt.source for prompt in prompts])
+    return Lessons(total_NM, source_N, seen_N, held_out_N, preferences)
+
+
+def judge(
+    head: Params, state_ND: np.ndarray, lessons: Lessons, teachers: Sequence[str], neighbours: int
+) -> dict[str, Any]:
+    """Router metrics as in `train_router`. head: for pooled states as they come."""
+    learned = {"trained_on": len(lessons.seen_N), "pairs": len(lessons.preferences.winner_P)}
+    if np.isnan(lessons.total_NM).any():
+        apart_N = lessons.held_out_N
+        return learned | _judge_pairs(head, lessons.total_NM[apart_N], state_ND[apart_N])
     seen, held_out = (
-        Calibration(total_NM[part_N], source_N[part_N].tolist(), state_ND[part_N])
-        for part_N in (seen_N, held_out_N)
+        Calibration(lessons.total_NM[part_N], lessons.source_N[part_N].tolist(), state_ND[part_N])
+        for part_N in (lessons.seen_N, lessons.held_out_N)
     )
     coefficient_NM = np.asarray(router.coefficients(head, held_out.feature_ND))
-    metrics = judge_router(seen, held_out, coefficient_NM, teachers, config.neighbours)
-    return head, {"trained_on": len(seen_N), "pairs": pairs, **metrics}
+    return learned | judge_router(seen, held_out, coefficient_NM, teachers, neighbours)
 
 
 def _judge_pairs(head: Params, total_NM: np.ndarray, state_ND: np.ndarray) -> dict[str, Any]:
@@ -140,35 +192,27 @@ def split_calibration(
     return np.sort(np.array(seen, int)), np.sort(np.array(apart, int))
 
 
-def _fit(
-    preferences: Preferences,
-    input_ND: np.ndarray,
+def standardisation(state_ND: np.ndarray) -> Standardisation:
+    """Of the states that a head learns from."""
+    mean_D = state_ND.mean(axis=0)
+    return Standardisation(mean_D, float(np.linalg.norm(state_ND - mean_D, axis=1).mean()) or 1.0)
+
+
+def _head_task(
+    lessons: Lessons,
+    state_ND: np.ndarray,
+    standard: Standardisation,
     teachers: int,
     config: RouterTraining,
-    mesh: Mesh,
-    on_metrics: Callable[[dict[str, Any]], None],
-) -> Params:
-    """The trained head on standardised states: the uniform mean of the workers' heads."""
-    workers = config.gossip.workers
-    schedule = gossip.gosgd_schedule(
-        workers, config.steps, config.gossip.exchange_probability, config.seed
-    )
-    optimiser = make_optimiser(config.optimiser, config.steps)
-    mixing = gossip.gosgd(gossip.Exchange(schedule.bank, meshes.WORKER))
-    step = on_mesh(
-        make_train_step(bradley_terry_loss, optimiser, mixing), mesh, (0, 0, None), donate=True
-    )
-    head = router.init_head(teachers, input_ND.shape[1])
-    start = on_mesh(lambda params: init_state(params, optimiser, mixing), mesh, (0,), donate=True)
-    state = start(stack_on_mesh(head, mesh))
+) -> Task:
+    """The head, on standardised states."""
+    preferences = lessons.preferences
+    input_ND = (state_ND[lessons.seen_N] - standard.mean_D) / standard.scale
     pairs = len(preferences.winner_P)
     dealt = numpy_stream(config.seed, "deal pairs").permutation(pairs)
-    shares = np.array_split(dealt, workers)
+    shares = np.array_split(dealt, config.gossip.workers)
 
     def batch_at(number: int) -> Pairs:
-        return jax.device_put(pairs_of(number), meshes.per_worker(mesh))
-
-    def pairs_of(number: int) -> Pairs:
         chosen_WB = np.stack(
             [
                 numpy_stream(config.seed, "draw pairs", number, worker).choice(share, config.pairs)
@@ -182,14 +226,46 @@ def _fit(
             weights=np.ones(chosen_WB.shape, np.float32),
         )
 
+    head = router.init_head(teachers, input_ND.shape[1])
+    optimiser = make_optimiser(config.optimiser, config.steps)
+    return Task(bradley_terry_loss, head, optimiser, batch_at)
+
+
+def fit(
+    task: Task, config: RouterTraining, mesh: Mesh, on_metrics: Callable[[dict[str, Any]], None]
+) -> Params:
+    """What gossiping workers have learned: the uniform mean of their parameters."""
+    schedule = gossip.gosgd_schedule(
+        config.gossip.workers, config.steps, config.gossip.exchange_probability, config.seed
+    )
+    mixing = gossip.gosgd(gossip.Exchange(schedule.bank, meshes.WORKER))
+    frozen = jax.device_put(task.frozen, meshes.replicated(mesh))
+    compiled = on_mesh(
+        make_train_step(task.loss, task.optimiser, mixing),
+        mesh,
+        (0, 0, None, *(None for _ in frozen)),
+        donate=True,
+    )
+    start = on_mesh(
+        lambda params: init_state(params, task.optimiser, mixing), mesh, (0,), donate=True
+    )
+    state = start(stack_on_mesh(task.params, mesh))
+
+    def step(*arguments: Any) -> tuple[TrainState, StepMetrics]:
+        return compiled(*arguments, *frozen)
+
+    def batch_at(number: int) -> Any:
+        return jax.device_put(task.batch_at(number), meshes.per_worker(mesh))
+
     for taken in run_steps(step, state, batch_at, schedule, range(config.steps), mesh):
         if taken.number % _STEPS_BETWEEN_METRICS == 0 or taken.number == config.steps - 1:
             on_metrics({"step": taken.number, "loss": taken.metrics.loss.tolist()})
-    assert compiled_programs(step) == 1, "one batch shape must compile one program"
+    programs = compiled_programs(compiled)
+    assert programs <= task.batch_shapes, f"{task.batch_shapes} batch shapes, {programs} programs"
     return uniform_mean(taken.state.params, mesh)
 
 
-def fold_standardisation(head: Params, mean_D: np.ndarray, scale: float) -> Params:
+def fold_standardisation(head: Params, mean_D: Array, scale: float) -> Params:
     """A head that says of raw states what `head` says of (state - mean_D) / scale."""
     kernel_MD = np.asarray(head["kernel"], np.float64) / scale
     return {

@@ -16,6 +16,7 @@ from persyn_jax import mesh as meshes
 from persyn_jax.config import ConfigError
 from persyn_jax.gossip import elastic
 from persyn_jax.gossip.theory import contraction
+from persyn_jax.models.adapters import Adapters, init_adapters, merge, with_adapters
 from persyn_jax.models.decoder import Params
 from persyn_jax.models.rows import Conversation, Rows
 from persyn_jax.models.weights import Model
@@ -39,7 +40,7 @@ from persyn_jax.training.loop import (
     uniform_mean,
     watchdog,
 )
-from persyn_jax.training.losses import response_loss
+from persyn_jax.training.losses import adapter_loss, response_loss
 from persyn_jax.training.meters import speed_row, time_exchange, timed, training_flops
 from persyn_jax.training.optimisers import make_optimiser
 from persyn_jax.training.precision import cast_loss
@@ -50,6 +51,7 @@ from persyn_jax.training.sharded import (
     batch_spec,
     check_mesh,
     chip_layout,
+    every_worker,
     make_sharded_step,
     on_sharded_mesh,
     parameter_specs,
@@ -59,6 +61,7 @@ from persyn_jax.training.sharded import (
 )
 from persyn_jax.training.step import (
     LossFunction,
+    StepMetrics,
     TrainState,
     compiled_programs,
     init_state,
@@ -76,11 +79,29 @@ class StudentTraining:
 
 
 @dataclass(frozen=True)
+class _Tuning:
+    """How the student is trained: whole, or by adapters beside a frozen base."""
+
+    params: Params
+    """What one worker starts from."""
+    specs: Params
+    """How it is cut among a worker's chips."""
+    loss: LossFunction
+    frozen: tuple[Params, ...] = ()
+    """What the loss takes besides parameters and batch, placed: nothing, or the base."""
+    frozen_specs: tuple[Params, ...] = ()
+    adapters: int | None = None
+    """How many parameters the adapters have."""
+
+
+@dataclass(frozen=True)
 class Trained:
     """A finished training, and what was counted on the way."""
 
     model: Model
-    """The uniform mean of the workers."""
+    """The uniform mean of the workers; of LoRA, merged into the student."""
+    adapters: Adapters | None
+    """Of LoRA: that mean itself."""
     compiled_programs: int
     """Of the train step."""
     held_out: list[int]
@@ -99,7 +120,8 @@ def train_student(
 ) -> Trained:
     """Trains from the newest intact checkpoint, or from the start.
 
-    load_student: called when the parameters are needed; they are kept by the workers alone.
+    load_student: called when the parameters are needed; they are kept by the workers alone, so
+    after a training by LoRA it is called again.
     on_start(first step, steps) is called before the first step, on_metrics(row) after each.
     profiles: folder for the profile of `training.profile_steps`.
 
@@ -121,29 +143,32 @@ def train_student(
 
     student = load_student()
     check_mesh(student.config, c.rows, c.row_response_tokens, mesh)
-    specs = parameter_specs(student.params, mesh)
-    layout = chip_layout(specs, mesh)
-    loss = functools.partial(response_loss, student.config, c.recompute, layout=layout)
-    loss = cast_loss(loss, c.compute_dtype)
+    tuning = _tuning(student, c, config.seed, mesh)
+    specs = tuning.specs
     restored = restore_newest(
-        checkpoints, lambda saved: _state_like(student.params, config, mesh, specs, saved)
+        checkpoints, lambda saved: _state_like(tuning.params, config, mesh, specs, saved)
     )
     segments = restored.segments if restored else ()
     plan = make_plan(examples, c, workers, config.seed, segments)
     schedule, steps = _schedule(workers, len(plan), config), len(plan)
     optimiser, mixing = make_optimiser(c.optimiser, steps), _mixing(schedule, config.gossip.audit)
-    state = _first_state(student.params, restored, optimiser, mixing, mesh, specs)
+    state = _first_state(tuning.params, restored, optimiser, mixing, mesh, specs)
     first = restored.steps if restored else 0
     del restored
-    student = replace(student, params={})
-    train_step = make_sharded_step(loss, optimiser, mixing, mesh, specs, c.accumulate)
-    step = on_sharded_mesh(train_step, mesh, state, specs)
-    measure = _make_measure(loss, [conversations[index] for index in held_out], c, mesh, specs)
+    student, tuning = replace(student, params={}), replace(tuning, params={})
+    train_step = make_sharded_step(
+        tuning.loss, optimiser, mixing, mesh, specs, c.accumulate, tuning.frozen_specs
+    )
+    compiled = on_sharded_mesh(train_step, mesh, state, specs)
+    measure = _make_measure(tuning, [conversations[index] for index in held_out], c, mesh)
     predicted, kind = contraction(schedule).mean_per_round, mesh.devices.flat[0].device_kind
     exchange_seconds = None
     if c.time_exchange:
         exchange_seconds = _exchange_seconds(state, mixing, schedule, mesh, specs)
     on_start(first, steps)
+
+    def step(*arguments: Any) -> tuple[TrainState, StepMetrics]:
+        return compiled(*arguments, *tuning.frozen)
 
     def batch_at(number: int) -> Rows:
         return meshes.place_workers(
@@ -171,7 +196,8 @@ def train_student(
                 with timed(seconds, "checkpoint"):
                     checkpoint.save(done, taken.state, with_steps(segments, workers, done))
             tokens, responses = _tokens(examples, plan[taken.number])
-            flops = training_flops(student.config, tokens, responses, c.row_tokens)
+            counts = tokens, responses, c.row_tokens
+            flops = training_flops(student.config, *counts, tuning.adapters)
             speed = speed_row(seconds, tokens, flops, kind, mesh.size, exchange_seconds)
             on_metrics(row | {"tokens": tokens, "measured": speed})
             if stop:
@@ -179,10 +205,38 @@ def train_student(
                 raise KeyboardInterrupt
             before_step(done)
             begins(done)
-    compiled = compiled_programs(step)
-    assert compiled <= 1, f"one batch shape must compile one program, compiled {compiled}"
-    mean = uniform_mean(taken.state.params, mesh)
-    return Trained(replace(student, params=mean), compiled, held_out)
+    programs = compiled_programs(compiled)
+    assert programs <= 1, f"one batch shape must compile one program, compiled {programs}"
+    mean, adapters = uniform_mean(taken.state.params, mesh), None
+    if c.lora is not None:
+        adapters = Adapters(mean, c.lora.alpha)
+        mean = merge(load_student().params, adapters)
+    return Trained(replace(student, params=mean), adapters, programs, held_out)
+
+
+def _tuning(student: Model, c: TrainConfig, seed: int, mesh: Mesh) -> _Tuning:
+    params, model = student.params, student.config
+    if c.lora is None:
+        specs = parameter_specs(params, mesh)
+        layout = chip_layout(specs, mesh)
+        loss = functools.partial(response_loss, model, c.recompute, layout=layout)
+        return _Tuning(params, specs, cast_loss(loss, c.compute_dtype))
+    adapters = Adapters(
+        init_adapters(model, c.lora.rank, c.lora.targets, seed, "student adapter"), c.lora.alpha
+    )
+    specs, base_specs = (parameter_specs(tree, mesh) for tree in (adapters.params, params))
+    layout = chip_layout(with_adapters(base_specs, specs), mesh)
+    adapted = replace(model, lora_scale=adapters.scale)
+    loss = functools.partial(adapter_loss, adapted, c.recompute, layout=layout)
+    base = jax.tree.map(lambda leaf: leaf.astype(jax.numpy.dtype(c.compute_dtype)), params)
+    return _Tuning(
+        params=adapters.params,
+        specs=specs,
+        loss=cast_loss(loss, c.compute_dtype),
+        frozen=(meshes.place(base, every_worker(base_specs, mesh)),),
+        frozen_specs=(base_specs,),
+        adapters=sum(leaf.size for leaf in jax.tree.leaves(adapters.params)),
+    )
 
 
 def draw_answers(answers: Sequence[Answer], count: int | None, seed: int) -> list[Answer]:
@@ -346,7 +400,7 @@ def _tokens(examples: Sequence[Conversation], rows_by_worker: list[list[Row]]) -
 
 
 def _make_measure(
-    loss: LossFunction, held_out: list[Conversation], config: TrainConfig, mesh: Mesh, specs: Params
+    tuning: _Tuning, held_out: list[Conversation], config: TrainConfig, mesh: Mesh
 ) -> Callable[[TrainState], dict[str, Any]]:
     """A function of the state: held-out loss by worker, and the parameters' consensus distance,
     in all and by group (the top level of the tree)."""
@@ -356,10 +410,10 @@ def _make_measure(
     batch = meshes.place_workers(
         lambda _: batch_rows(held_out, packed, config), NamedSharding(mesh, spec), workers
     )
-    losses = sharded_losses(loss, mesh, specs)
+    losses = sharded_losses(tuning.loss, mesh, tuning.specs, tuning.frozen_specs)
 
-    def all_of(params, batch):
-        loss_W = losses(params, batch)
+    def all_of(params, batch, *frozen):
+        loss_W = losses(params, batch, *frozen)
         distances = {
             group: jax.vmap(
                 lambda own: gossip.consensus_distance(own, meshes.WORKER), axis_name=meshes.WORKER
@@ -371,7 +425,7 @@ def _make_measure(
     compiled = jax.jit(all_of, out_shardings=meshes.replicated(mesh))
 
     def measure(state: TrainState) -> dict[str, Any]:
-        loss_W, by_group = jax.tree.map(np.asarray, compiled(state.params, batch))
+        loss_W, by_group = jax.tree.map(np.asarray, compiled(state.params, batch, *tuning.frozen))
         return {
             "held_out_loss": loss_W.tolist(),
             "consensus_distance": float(sum(by_group.values())),

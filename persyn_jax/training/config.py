@@ -8,6 +8,7 @@ from persyn_jax.config import config_class
 from persyn_jax.models.recompute import Recompute
 
 ComputeDtype = Literal["float32", "bfloat16"]
+LoraTarget = Literal["q", "k", "v", "o", "gate", "up", "down"]
 
 
 @config_class
@@ -50,6 +51,30 @@ class OptimiserConfig:
 
 
 @config_class
+class LoraConfig:
+    """Low-rank adapters beside kernels that stay as they are (LoRA, arXiv 2106.09685). They alone
+    are trained, mixed and saved in checkpoints. See `models.adapters`."""
+
+    rank: Annotated[int, Field(ge=1)] = 16
+    alpha: Annotated[int, Field(ge=1)] = 32
+    """What an adapter adds is multiplied by alpha / rank."""
+    targets: Annotated[tuple[LoraTarget, ...], Field(min_length=1)] = (
+        "q",
+        "k",
+        "v",
+        "o",
+        "gate",
+        "up",
+        "down",
+    )
+    """Which kernels of every layer have an adapter."""
+
+    def __post_init__(self):
+        if len(set(self.targets)) < len(self.targets):
+            raise ValueError(f"targets {list(self.targets)}: one is given twice")
+
+
+@config_class
 class MeshConfig:
     """The chips of one worker; there are gossip.workers times as many in all."""
 
@@ -89,6 +114,8 @@ class TrainConfig:
     """Length of a row; conversations are packed into it."""
     row_response_tokens: Annotated[int, Field(ge=1)] = 64
     """Room for response tokens in a row (logits exist for these only)."""
+    lora: LoraConfig | None = None
+    """Null: full fine-tuning, of all parameters."""
     optimiser: OptimiserConfig = OptimiserConfig()
     accumulate: Annotated[int, Field(ge=1)] = 1
     """Batches whose gradients are added up before a step is taken: `rows` of each at a time."""

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from persyn_jax.models import router, rows
+from persyn_jax.models.adapters import with_adapters
 from persyn_jax.models.decoder import Array, DecoderConfig, Params
 from persyn_jax.models.layout import WHOLE, Layout
 from persyn_jax.models.recompute import Recompute
@@ -24,6 +25,29 @@ class Pairs(NamedTuple):
     """int32 [B]"""
     weights: Array
     """float32 [B]: 1, or 0 where padded."""
+
+
+class PromptPairs(NamedTuple):
+    """Preference pairs whose prompts are read anew in every step, by a backbone that learns."""
+
+    tokens: Array
+    """int32 [B, T]: prompts, padded on the right."""
+    lengths: Array
+    """int32 [B]: their real tokens, at least 1."""
+    winner: Array
+    """int32 [B]: index of the preferred teacher."""
+    loser: Array
+    """int32 [B]"""
+    weights: Array
+    """float32 [B]: 1, or 0 where padded."""
+
+
+class Standardisation(NamedTuple):
+    """A head reads (state - mean) / scale."""
+
+    mean_D: Array
+    """float32"""
+    scale: float
 
 
 def response_loss(
@@ -46,6 +70,18 @@ def response_loss(
     return -total / jnp.maximum(weight, 1.0), weight
 
 
+def adapter_loss(
+    config: DecoderConfig,
+    recompute: Recompute,
+    adapters: Params,
+    batch: Rows,
+    base: Params,
+    layout: Layout = WHOLE,
+) -> tuple[jax.Array, jax.Array]:
+    """`response_loss` of a frozen base with adapters, `config.lora_scale` theirs."""
+    return response_loss(config, recompute, with_adapters(base, adapters), batch, layout)
+
+
 def bradley_terry_loss(params: Params, batch: Pairs) -> tuple[jax.Array, jax.Array]:
     """Mean binary cross-entropy of the preferences, in nats a pair: (loss, pairs).
 
@@ -58,3 +94,21 @@ def bradley_terry_loss(params: Params, batch: Pairs) -> tuple[jax.Array, jax.Arr
     weight = jnp.sum(batch.weights)
     loss_B = -jax.nn.log_sigmoid(winner_B1 - loser_B1)[:, 0]
     return jnp.sum(loss_B * batch.weights) / jnp.maximum(weight, 1.0), weight
+
+
+def router_loss(
+    config: DecoderConfig,
+    standard: Standardisation,
+    params: Params,
+    batch: PromptPairs,
+    base: Params | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """`bradley_terry_loss` of {"backbone": ..., "head": ...}: the backbone learns with its head.
+
+    backbone: a decoder's parameters; with a frozen base, adapters of it.
+    """
+    backbone = params["backbone"] if base is None else with_adapters(base, params["backbone"])
+    state_BD = rows.last_states(config, backbone, batch.tokens, batch.lengths)
+    pooled_BD = (state_BD - standard.mean_D[None]) / standard.scale
+    pairs = Pairs(pooled_BD, batch.winner, batch.loser, batch.weights)
+    return bradley_terry_loss(params["head"], pairs)

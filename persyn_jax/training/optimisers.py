@@ -4,6 +4,7 @@ Leaves are told apart by where they stand in the tree (see `models.decoder`), ne
 a stack of L norms has the rank of a matrix, a stack of L matrices has not.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -28,6 +29,26 @@ def make_optimiser(config: OptimiserConfig, steps: int) -> optax.GradientTransfo
     if config.weight_decay:
         links.append(optax.add_decayed_weights(config.weight_decay, mask=decays))
     return optax.chain(*links, optax.scale_by_learning_rate(learning_rate(config, steps)))
+
+
+def by_part(
+    optimisers: Mapping[str, optax.GradientTransformation],
+) -> optax.GradientTransformation:
+    """Each top-level part of a tree with an optimiser of its own, clipping included."""
+
+    def init(params: Any) -> Any:
+        return {part: one.init(params[part]) for part, one in optimisers.items()}
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        own = {
+            part: one.update(updates[part], state[part], params[part])
+            for part, one in optimisers.items()
+        }
+        return {part: both[0] for part, both in own.items()}, {
+            part: both[1] for part, both in own.items()
+        }
+
+    return optax.GradientTransformation(init, update)
 
 
 def learning_rate(config: OptimiserConfig, steps: int) -> optax.Schedule:

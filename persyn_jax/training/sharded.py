@@ -197,12 +197,15 @@ def make_sharded_step(
     mesh: Mesh,
     specs: Params,
     accumulate: int = 1,
+    frozen_specs: tuple[Params, ...] = (),
 ) -> TrainStep:
-    """`train_step(state, batch, round)` of all workers at once: leaves lead with axis W.
+    """`train_step(state, batch, round, *frozen)` of all workers at once: leaves lead with axis W.
 
     loss: of one chip's shards and rows, the mean over the worker; see `chip_layout`. mixing: built
     on an exchange with `INNER_AXES`. specs: of the parameters. accumulate: A; beyond 1 the leaves
-    of a batch are [W, A, B, ...], see `step.make_train_step`. To be compiled by `on_sharded_mesh`.
+    of a batch are [W, A, B, ...], see `step.make_train_step`. frozen_specs: how the loss's frozen
+    arguments, which have no axis W, are cut among a worker's chips. To be compiled by
+    `on_sharded_mesh`.
     """
     rows_spec = batch_spec(mesh, leading=int(accumulate > 1))
     gradient_of = jax.value_and_grad(loss, has_aux=True)
@@ -211,21 +214,23 @@ def make_sharded_step(
     params_W = _all_workers(specs)
     mix = sharded_mixing(mixing, mesh, specs)
 
-    def gradients_of(params: Params, batch: Any):
-        def one_chip(params, batch):
-            return _row(gradient_of(*_own((params, batch))))
+    def gradients_of(params: Params, batch: Any, *frozen: Params):
+        def one_chip(params, batch, *frozen):
+            return _row(gradient_of(*_own((params, batch)), *frozen))
 
         scalars = PartitionSpec(WORKER)
         return jax.shard_map(
             one_chip,
             mesh=mesh,
-            in_specs=(params_W, rows_spec),
+            in_specs=(params_W, rows_spec, *frozen_specs),
             out_specs=((scalars, scalars), params_W),
-        )(params, batch)
+        )(params, batch, *frozen)
 
-    def train_step(state: TrainState, batch: Any, round: Round) -> tuple[TrainState, StepMetrics]:
+    def train_step(
+        state: TrainState, batch: Any, round: Round, *frozen: Params
+    ) -> tuple[TrainState, StepMetrics]:
         at = jax.vmap(mixing.evaluate_at)(state.params, state.mix_state)
-        (loss_W, weight_W), gradients = gradients_of(at, batch)
+        (loss_W, weight_W), gradients = gradients_of(at, batch, *frozen)
         updates, opt_state = jax.vmap(optimiser.update)(gradients, state.opt_state, at)
         params, mix_state = mix(updates, state.mix_state, state.params, round)
         norm_W = jax.vmap(optax.tree.norm)(gradients)
@@ -259,18 +264,20 @@ def sharded_mixing(mixing: MixingTransformation, mesh: Mesh, specs: Params):
     return mix
 
 
-def sharded_losses(loss: LossFunction, mesh: Mesh, specs: Params):
-    """(params, batch) of all workers -> their losses, float32[W]. loss: as of
-    `make_sharded_step`."""
+def sharded_losses(
+    loss: LossFunction, mesh: Mesh, specs: Params, frozen_specs: tuple[Params, ...] = ()
+):
+    """(params, batch, *frozen) of all workers -> their losses, float32[W]. loss, frozen_specs: as
+    of `make_sharded_step`."""
 
-    def one_chip(params, batch):
-        mean, _ = loss(*_own((params, batch)))
+    def one_chip(params, batch, *frozen):
+        mean, _ = loss(*_own((params, batch)), *frozen)
         return mean[None]
 
     return jax.shard_map(
         one_chip,
         mesh=mesh,
-        in_specs=(_all_workers(specs), batch_spec(mesh)),
+        in_specs=(_all_workers(specs), batch_spec(mesh), *frozen_specs),
         out_specs=PartitionSpec(WORKER),
     )
 
@@ -300,9 +307,12 @@ def state_shardings(
 
 def all_workers(specs: Params, mesh: Mesh) -> Params:
     """Where the parameters [W, ...] of all workers lie."""
-    return jax.tree.map(
-        lambda spec: NamedSharding(mesh, spec), _all_workers(specs), is_leaf=_is_spec
-    )
+    return every_worker(_all_workers(specs), mesh)
+
+
+def every_worker(specs: Params, mesh: Mesh) -> Params:
+    """Where parameters lie that each worker has a copy of, cut among its chips by `specs`."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=_is_spec)
 
 
 def _shapes_of_one(tree: Any) -> Any:

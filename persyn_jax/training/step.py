@@ -1,6 +1,6 @@
 """The train step of one worker, and the same step run by all workers of a mesh.
 
-    train_step(state, batch, round) -> (state, metrics)
+    train_step(state, batch, round, *frozen) -> (state, metrics)
 
 is pure and unaware of how workers are laid out, apart from the axis name inside `mixing`.
 """
@@ -18,10 +18,11 @@ from persyn_jax import mesh as meshes
 from persyn_jax.gossip import MixingTransformation, Round
 from persyn_jax.gossip.base import Array
 
-LossFunction = Callable[[Any, Any], tuple[jax.Array, jax.Array]]
-"""(params, batch) -> (mean loss, weight behind it)"""
-GradientFunction = Callable[[Any, Any], tuple[tuple[jax.Array, jax.Array], Any]]
-"""(params, batch) -> ((mean loss, weight behind it), gradient of the mean loss)"""
+LossFunction = Callable[..., tuple[jax.Array, jax.Array]]
+"""(params, batch, *frozen) -> (mean loss, weight behind it). frozen: what is neither trained nor
+mixed, nor part of a state, as the base of adapters; the same for all workers."""
+GradientFunction = Callable[..., tuple[tuple[jax.Array, jax.Array], Any]]
+"""(params, batch, *frozen) -> ((mean loss, weight behind it), gradient of the mean loss)"""
 
 
 @jax.tree_util.register_dataclass
@@ -47,7 +48,8 @@ class StepMetrics(NamedTuple):
     """Before clipping."""
 
 
-TrainStep = Callable[[TrainState, Any, Round], tuple[TrainState, StepMetrics]]
+TrainStep = Callable[..., tuple[TrainState, StepMetrics]]
+"""(state, batch, round, *frozen) -> (state, metrics)"""
 
 
 def init_state(
@@ -72,9 +74,11 @@ def make_train_step(
     if accumulate > 1:
         gradient_of = accumulated(gradient_of)
 
-    def train_step(state: TrainState, batch: Any, round: Round) -> tuple[TrainState, StepMetrics]:
+    def train_step(
+        state: TrainState, batch: Any, round: Round, *frozen: Any
+    ) -> tuple[TrainState, StepMetrics]:
         at = mixing.evaluate_at(state.params, state.mix_state)
-        (loss, weight), gradients = gradient_of(at, batch)
+        (loss, weight), gradients = gradient_of(at, batch, *frozen)
         updates, opt_state = optimiser.update(gradients, state.opt_state, at)
         params, mix_state = mixing.update(updates, state.mix_state, state.params, round)
         metrics = StepMetrics(loss, weight, optax.tree.norm(gradients))
@@ -89,15 +93,17 @@ def accumulated(gradient_of: GradientFunction) -> GradientFunction:
     The weight must be that of a mean: mean loss times weight is a sum over the batch.
     """
 
-    def over_batches(params: Any, batches: Any) -> tuple[tuple[jax.Array, jax.Array], Any]:
+    def over_batches(
+        params: Any, batches: Any, *frozen: Any
+    ) -> tuple[tuple[jax.Array, jax.Array], Any]:
         def add(total: Any, batch: Any) -> tuple[Any, None]:
-            (loss, weight), gradients = gradient_of(params, batch)
+            (loss, weight), gradients = gradient_of(params, batch, *frozen)
             means, weighed = total
             means = jax.tree.map(lambda sum, mean: sum + weight * mean, means, (loss, gradients))
             return (means, weighed + weight), None
 
         first = jax.tree.map(lambda leaf: leaf[0], batches)
-        (loss, weight), gradients = jax.eval_shape(gradient_of, params, first)
+        (loss, weight), gradients = jax.eval_shape(gradient_of, params, first, *frozen)
         start = jax.tree.map(_zeros, ((loss, gradients), weight))
         ((loss, gradients), weight), _ = jax.lax.scan(add, start, batches)
         share = 1 / jnp.maximum(weight, 1.0)  # a worker without tokens has gradient 0

@@ -24,12 +24,12 @@ TEACHERS = ["a", "b", "c", "d"]
 WIDTH = 12
 
 
-def make_prompt(name: str, source: str = "mine") -> Prompt:
+def make_prompt(name: str, source: str = "mine", split: str = "calibration") -> Prompt:
     return Prompt(
         id=name,
         messages=[{"role": "user", "content": name}],
         source=source,
-        split="calibration",
+        split=split,
         answer=None,
         verifier="exact_match",
         source_licence="CC0-1.0",

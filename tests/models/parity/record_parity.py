@@ -2,8 +2,9 @@
 
 `record_parity.py` writes the folders beside this file anew (weights, config.json and
 expected.npz); `record_parity.py --check FOLDER...` opens folders that we wrote in `transformers`
-and compares their logits with those recorded under the same names. It needs torch and transformers
-(recorded with torch 2.13 and transformers 5.24), which the project itself does not.
+and compares their logits with those recorded under the same names. A random LoRA adapter of the
+first one is recorded beside it, as PEFT writes it. It needs torch, transformers and peft (recorded
+with torch 2.13, transformers 5.24 and peft 0.21), which the project itself does not.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import peft
 import torch
 import transformers
 
@@ -93,6 +95,7 @@ def main() -> None:
         return
     for name, config in MODELS.items():
         record(HERE / name, config)
+    record_adapter("llama")
 
 
 def record(folder: Path, config) -> None:
@@ -119,6 +122,28 @@ def record(folder: Path, config) -> None:
         expected[f"entries {name}"] = gradient[entry_places(gradient.size)]
     np.savez_compressed(folder / "expected.npz", **expected)
     print(folder.name, f"loss {loss:.4f}", "greedy", generated)
+
+
+def record_adapter(name: str) -> None:
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        HERE / name, attn_implementation="eager"
+    )
+    base.name_or_path = name
+    config = peft.LoraConfig(
+        r=2, lora_alpha=6, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"
+    )
+    model = peft.get_peft_model(base, config)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if "lora_" in parameter_name:
+                parameter.normal_(0.0, 0.3)
+        tokens = torch.tensor(np.load(HERE / name / "expected.npz")["tokens"], dtype=torch.int64)
+        logits = model(tokens).logits.numpy()
+    folder = HERE / name / "adapter"
+    model.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)
+    np.savez_compressed(folder / "logits.npz", logits=logits)
 
 
 def random_model(config, seed: int):
