@@ -5,6 +5,7 @@ Heavy imports stay inside the functions: rerunning a finished run loads no JAX.
 """
 
 import contextlib
+import functools
 import json
 import resource
 import shutil
@@ -21,6 +22,9 @@ from persyn_jax.models.spec import ModelConfig
 from persyn_jax.pipeline.config import RunConfig
 from persyn_jax.pipeline.progress import say
 from persyn_jax.provenance import source_fingerprint
+
+# Once a process, which runs what it has imported: a study looks at its stages hundreds of times.
+_source = functools.cache(source_fingerprint)
 
 
 @dataclass
@@ -214,7 +218,7 @@ def _fingerprints(stage: Stage, run: Run) -> store.Fingerprints:
     return store.Fingerprints(
         inputs=inputs,
         config=dict(_flat(stage.section(run.config))),
-        source=fingerprint([source_fingerprint(module) for module in stage.modules]),
+        source=fingerprint([_source(module) for module in stage.modules]),
     )
 
 

@@ -1,5 +1,8 @@
 """What a study found: a row a strategy, as values and as Markdown, and a verdict that may be
-"undecided"."""
+"undecided".
+
+Heavy imports stay inside the functions.
+"""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +12,6 @@ import numpy as np
 
 from persyn_jax import store
 from persyn_jax.intervals import Interval, crossed_ci95, detectable_difference, paired_deviation
-from persyn_jax.pipeline.examine import Examination
 from persyn_jax.pipeline.stages import ANSWERS, CALIBRATION_ANSWERS
 from persyn_jax.pipeline.study import (
     ALL_ANSWERS,
@@ -109,7 +111,9 @@ def _measured(config: StudyConfig, trials: Sequence[Trial]) -> Measured:
     )
 
 
-def _examinations(config: StudyConfig, name: str, file: str) -> list[Examination]:
+def _examinations(config: StudyConfig, name: str, file: str) -> list:
+    from persyn_jax.pipeline.examine import Examination
+
     return store.read_records(config.folder / name / file, Examination)
 
 
