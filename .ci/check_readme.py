@@ -22,12 +22,15 @@ PROMISED = (
 
 def commands(readme: str) -> list[list[str]]:
     """The words of every `uv run` in a code block, without `uv run` itself."""
-    blocks = re.findall(r"^```(?:bash|sh|console)?\n(.*?)^```", readme, re.DOTALL | re.MULTILINE)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```", readme, re.DOTALL | re.MULTILINE)
+    blocks = [text for kind, text in fenced if kind in ("", "bash", "sh", "console")]
     indented = re.findall(r"^ {4}(.*)$", readme, re.MULTILINE)
     lines = "\n".join([*blocks, *indented]).replace("\\\n", " ").splitlines()
     parts = [part for line in lines for part in line.removeprefix("$ ").split("&&")]
-    words = [shlex.split(part, comments=True) for part in parts if "uv run" in part]
-    return [line[2:] for line in words if line[:2] == ["uv", "run"]]
+    words = [
+        shlex.split(part, comments=True) for part in parts if part.strip().startswith("uv run")
+    ]
+    return [line[2:] for line in words]
 
 
 def complaint(words: list[str]) -> str | None:

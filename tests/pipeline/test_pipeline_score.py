@@ -262,7 +262,9 @@ def test_runs_that_share_a_store_measure_an_answer_once(tmp_path):
             )
 
     summary, measurements, rewards = run_in("one")
+    unknown = sum(answer.prompt_id == "q" for answer in ANSWERS)  # it has no reference answer
     counts = {"rewards": len(ANSWERS), "measured_answers": USABLE, "reused_answers": 0}
+    counts |= {"quality": {"unknown": unknown}}
     assert summary == counts
     assert [m.key for m in measurements] == [r.key for r in rewards] == [a.key for a in ANSWERS]
 
