@@ -18,6 +18,7 @@ from persyn_jax.training.config import ComputeDtype, TrainConfig
 from persyn_jax.training.losses import adapter_loss, response_loss
 from persyn_jax.training.optimisers import make_optimiser
 from persyn_jax.training.precision import cast_loss
+from persyn_jax.training.step import LossFunction
 
 # How many buffers of a kind are alive at the peak, as XLA lays them out on a CPU (see the test).
 _LOGIT_COPIES = 3  # logits, their log-softmax and its gradient
@@ -79,7 +80,7 @@ def kept_bytes(
 
     They count what is computed from the parameters, as their copies in bfloat16.
     """
-    loss = response_loss if config.lora is None else adapter_loss
+    loss: LossFunction = response_loss if config.lora is None else adapter_loss
     loss = cast_loss(functools.partial(loss, model, recompute), dtype)
 
     def kept(params: Any, batch: Rows, *frozen: Any) -> list[jax.Array]:
