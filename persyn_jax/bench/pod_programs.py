@@ -124,7 +124,12 @@ def programs(schedule: str, workers: int, with_cycle: bool) -> list[Program]:
 def compile_program(
     program: Program, model: DecoderConfig, config: TrainConfig, mesh: Mesh
 ) -> Compiled:
-    """Compiles the train step of `training` for the mesh, from shapes alone."""
+    """Compiles the train step of `training` for the mesh, from shapes alone.
+
+    Raises ConfigError for `training.lora`, whose step is another one.
+    """
+    if config.lora is not None:
+        raise ConfigError("training.lora: a report is of full fine-tuning, so it must be null here")
     lowered = _lower(program, model, config, mesh)
     started = time.monotonic()
     compiled = lowered.compile()

@@ -10,13 +10,15 @@ import numpy as np
 
 from persyn_jax.mesh import Platform
 from persyn_jax.models import decoder
+from persyn_jax.models.adapters import adapter_shapes
 from persyn_jax.models.decoder import DecoderConfig
 from persyn_jax.models.recompute import Recompute
 from persyn_jax.models.rows import CHUNK, Rows, pack
 from persyn_jax.training.config import ComputeDtype, TrainConfig
-from persyn_jax.training.losses import response_loss
+from persyn_jax.training.losses import adapter_loss, response_loss
 from persyn_jax.training.optimisers import make_optimiser
 from persyn_jax.training.precision import cast_loss
+from persyn_jax.training.step import LossFunction
 
 # How many buffers of a kind are alive at the peak, as XLA lays them out on a CPU (see the test).
 _LOGIT_COPIES = 3  # logits, their log-softmax and its gradient
@@ -29,7 +31,7 @@ class TrainingMemory:
     """Bytes on one device, for one worker (or the shard of a worker)."""
 
     state: int
-    """Parameters and optimiser state, float32: there all the time."""
+    """Parameters and optimiser state, float32, and a frozen base: there all the time."""
     kept: int
     """What the backward pass finds kept by the forward pass."""
     working: int
@@ -43,7 +45,7 @@ class TrainingMemory:
 def estimate_training_memory(
     model: DecoderConfig, config: TrainConfig, platform: Platform, shards: int = 1
 ) -> TrainingMemory:
-    """The memory of a full fine-tuning step; of the batch, the program and the host, nothing.
+    """The memory of a fine-tuning step; of the batch, the program and the host, nothing.
 
     What is kept is exact: it is read off the traced loss. The peak is either in the backward pass
     or in the update, and how many buffers are alive there is as measured on a CPU under JAX 0.10,
@@ -52,8 +54,9 @@ def estimate_training_memory(
     and batch evenly.
     """
     stored = "float32" if platform == "cpu" else config.compute_dtype  # a CPU widens bfloat16
-    params = parameter_shapes(model)
+    params, base = trained_shapes(model, config)
     size = _bytes(params)
+    frozen = _bytes(base) * np.dtype(config.compute_dtype).itemsize // 4
     state = size + _bytes(jax.eval_shape(make_optimiser(config.optimiser, 1).init, params))
     kept = kept_bytes(model, config, config.recompute, stored)
     again = (
@@ -67,7 +70,7 @@ def estimate_training_memory(
     layer = max(again, 0) // model.layers + int(_SCORE_COPIES * scores)
     backward = kept + layer + gradients + _LOGIT_COPIES * logits
     working = max(backward, int(_UPDATE_COPIES[config.optimiser.name] * size))
-    return TrainingMemory(state // shards, kept // shards, working // shards)
+    return TrainingMemory((state + frozen) // shards, kept // shards, working // shards)
 
 
 def kept_bytes(
@@ -77,15 +80,28 @@ def kept_bytes(
 
     They count what is computed from the parameters, as their copies in bfloat16.
     """
-    loss = cast_loss(functools.partial(response_loss, model, recompute), dtype)
+    loss: LossFunction = response_loss if config.lora is None else adapter_loss
+    loss = cast_loss(functools.partial(loss, model, recompute), dtype)
 
-    def kept(params: Any, batch: Rows) -> list[jax.Array]:
-        _, pull_back = jax.vjp(lambda params: loss(params, batch)[0], params)
-        given = {id(leaf) for leaf in jax.tree.leaves((params, batch))}
+    def kept(params: Any, batch: Rows, *frozen: Any) -> list[jax.Array]:
+        _, pull_back = jax.vjp(lambda params: loss(params, batch, *frozen)[0], params)
+        given = {id(leaf) for leaf in jax.tree.leaves((params, batch, frozen))}
         return [leaf for leaf in jax.tree.leaves(pull_back) if id(leaf) not in given]
 
-    params = parameter_shapes(model)
-    return _bytes(jax.eval_shape(kept, params, batch_shapes(config)))
+    params, base = trained_shapes(model, config)
+    in_dtype = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), base)
+    frozen = (in_dtype,) if base else ()
+    return _bytes(jax.eval_shape(kept, params, batch_shapes(config), *frozen))
+
+
+def trained_shapes(
+    model: DecoderConfig, config: TrainConfig
+) -> tuple[decoder.Params, decoder.Params]:
+    """Shapes of (what is trained, what is frozen): with LoRA the adapters and all the rest."""
+    params, lora = parameter_shapes(model), config.lora
+    if lora is None:
+        return params, {}
+    return adapter_shapes(model, lora.rank, lora.targets), params
 
 
 def parameter_shapes(model: DecoderConfig) -> decoder.Params:

@@ -16,14 +16,14 @@ from persyn_jax.bench.compile_report import (
     wire,
 )
 from persyn_jax.bench.hlo import Collective
-from persyn_jax.bench.pod_programs import SCHEDULES, Compiled, programs
+from persyn_jax.bench.pod_programs import SCHEDULES, Compiled, compile_program, programs
 from persyn_jax.bench.pod_shapes import PodShape, link_model
 from persyn_jax.config import ConfigError
 from persyn_jax.gossip import theory
 from persyn_jax.mesh import AXES, make_mesh
 from persyn_jax.models import decoder
 from persyn_jax.models.weights import RANDOM_TINY
-from persyn_jax.training.config import TrainConfig
+from persyn_jax.training.config import LoraConfig, TrainConfig
 
 MODEL = dataclasses.replace(RANDOM_TINY, layers=1)
 PARAMS = jax.eval_shape(lambda: decoder.init(MODEL, jax.random.key(0)))
@@ -209,3 +209,11 @@ def test_the_environment_that_libtpu_wants_is_the_one_that_ci_sets():
     ci = (Path(__file__).parents[2] / ".ci" / "run").read_text()
     for name, value in pod_shapes._ENVIRONMENT.items():
         assert f"{name}={value}" in ci
+
+
+def test_a_config_with_adapters_is_refused():
+    """Rather than reported as if all parameters were trained."""
+    bank, *_ = programs("gosgd", 2, with_cycle=False)
+    config = TrainConfig(lora=LoraConfig())
+    with pytest.raises(ConfigError, match=r"training\.lora: .* must be null"):
+        compile_program(bank, RANDOM_TINY, config, make_mesh(2))

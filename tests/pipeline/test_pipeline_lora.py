@@ -4,12 +4,17 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from pipeline_runs import small_config
+from test_pipeline_train_student import make_answer, make_prompt
 
 from persyn_jax.mesh import make_mesh
 from persyn_jax.models import adapters, weights
 from persyn_jax.models.rows import Conversation
 from persyn_jax.models.spec import ModelConfig
+from persyn_jax.pipeline import stages
+from persyn_jax.pipeline.run import Run
 from persyn_jax.pipeline.train_student import StudentTraining, train_student
+from persyn_jax.records import Answer, Prompt
 from persyn_jax.training.config import GossipConfig, LoraConfig, OptimiserConfig, TrainConfig
 
 TINY = ModelConfig(weights="random:tiny")
@@ -104,3 +109,24 @@ def test_a_stopped_training_goes_on_bitwise(whole, tmp_path):
     found, rest = train(tmp_path)
     assert rest == rows[6:]
     jax.tree.map(np.testing.assert_array_equal, found.model.params, expected.model.params)
+
+
+def test_the_stage_writes_a_model_and_its_adapter(tmp_path):
+    """A Hugging Face folder with the adapters merged, and in it PEFT's of the adapters alone."""
+    config = small_config(
+        f"run.folder={tmp_path}",
+        "training={row_tokens: 128, row_response_tokens: 8, held_out: 1,"
+        " lora: {rank: 2, alpha: 4, targets: [v]}}",
+    )
+    run, folder = Run(config), config.run_folder
+    folder.mkdir(parents=True)
+    prompts = [make_prompt(f"p{n}", "hi") for n in range(5)]
+    run.write(stages.PROMPTS, prompts, Prompt)
+    run.write(stages.ANSWERS, [make_answer(prompt.id, "ho") for prompt in prompts], Answer)
+    (work,) = (stage.work for stage in stages.STAGES if stage.name == "train_student")
+    work(run, folder / "checkpoints" / "of this")
+    model = weights.load(ModelConfig(weights=str(folder / "student")))
+    learned = adapters.read_adapters(folder / "student" / "adapter", model.config)
+    assert learned.params["layers"]["v"]["lora_b"].any()
+    expected = adapters.merge(weights.load(TINY).params, learned)
+    jax.tree.map(np.testing.assert_array_equal, model.params, expected)

@@ -9,12 +9,15 @@ import pytest
 
 from persyn_jax import gossip
 from persyn_jax import mesh as meshes
-from persyn_jax.models import decoder
 from persyn_jax.models.decoder import DecoderConfig
 from persyn_jax.models.weights import RANDOM_TINY
-from persyn_jax.training.config import OptimiserConfig, TrainConfig
-from persyn_jax.training.losses import response_loss
-from persyn_jax.training.memory import batch_shapes, estimate_training_memory
+from persyn_jax.training.config import LoraConfig, OptimiserConfig, TrainConfig
+from persyn_jax.training.losses import adapter_loss, response_loss
+from persyn_jax.training.memory import (
+    batch_shapes,
+    estimate_training_memory,
+    trained_shapes,
+)
 from persyn_jax.training.optimisers import make_optimiser
 from persyn_jax.training.precision import cast_loss
 from persyn_jax.training.step import init_state, make_train_step, on_mesh, placed_shapes
@@ -33,13 +36,17 @@ def measured(model: DecoderConfig, config: TrainConfig) -> int:
     schedule = gossip.gosgd_schedule(1, 2, 0.5, seed=0)
     mixing = gossip.gosgd(gossip.Exchange(schedule.bank, meshes.WORKER))
     optimiser = make_optimiser(config.optimiser, 10)
-    loss = functools.partial(response_loss, model, config.recompute)
+    loss = response_loss if config.lora is None else adapter_loss
+    loss = functools.partial(loss, model, config.recompute)
     loss = cast_loss(loss, config.compute_dtype)
     train_step = make_train_step(loss, optimiser, mixing, config.accumulate)
-    step = on_mesh(train_step, mesh, (0, 0, None), donate=True)
+    trained, base = trained_shapes(model, config)
+    frozen = (base,) if base else ()
+    step = on_mesh(train_step, mesh, (0, 0, None, *(None for _ in frozen)), donate=True)
 
     def start(_):
-        return init_state(decoder.init(model, jax.random.key(0)), optimiser, mixing)
+        params = jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), trained)
+        return init_state(params, optimiser, mixing)
 
     state = jax.eval_shape(jax.vmap(start), jax.ShapeDtypeStruct((1,), np.int32))
     leading = (1,) if config.accumulate == 1 else (1, config.accumulate)
@@ -50,7 +57,10 @@ def measured(model: DecoderConfig, config: TrainConfig) -> int:
     round = jax.eval_shape(lambda row: row, schedule.round(0))
     memory = (
         step.lower(
-            placed_shapes(state, row), placed_shapes(batch, row), placed_shapes(round, whole)
+            placed_shapes(state, row),
+            placed_shapes(batch, row),
+            placed_shapes(round, whole),
+            *placed_shapes(frozen, whole),
         )
         .compile()
         .memory_analysis()
@@ -65,6 +75,7 @@ CASES = {
         dataclasses.replace(ROWS, recompute="layers", compute_dtype="bfloat16", accumulate=3),
     ),
     "bfloat16": (SMALL, dataclasses.replace(ROWS, compute_dtype="bfloat16")),
+    "adapters": (SMALL, dataclasses.replace(ROWS, lora=LoraConfig())),
     "recomputing": (SMALL, dataclasses.replace(ROWS, recompute="layers")),
     "the update decides": (
         SMALL,
