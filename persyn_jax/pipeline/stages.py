@@ -258,7 +258,9 @@ def run_records(run: Run):
     """Everything that the finished stages wrote, as `reporting` takes it."""
     import persyn_jax
     from persyn_jax.config import ConfigError, fingerprint
-    from persyn_jax.reporting.report import RunRecords
+    from persyn_jax.models.router import load_router
+    from persyn_jax.reporting.run_records import RunRecords
+    from persyn_jax.routing.strategies import StrategyConfig
 
     config = run.config
     manifests = {}
@@ -298,6 +300,10 @@ def run_records(run: Run):
             name: {"seconds": round(manifest.seconds, 1), **manifest.summary["measured"]}
             for name, manifest in manifests.items()
         },
+        quality=config.quality.kind,
+        alpha=config.rewards.alpha,
+        strategies=StrategyConfig(neighbours=config.router.neighbours),
+        state_ND=load_router(run.folder / ROUTER)[2],
     )
 
 
@@ -413,7 +419,10 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         name="report",
         modules=("persyn_jax.reporting",),
-        reads=(PROMPTS, CALIBRATION_ANSWERS, REWARDS, ROUTES, ANSWERS, EXAMPLES, METRICS, SCORES),
+        reads=(
+            *(PROMPTS, CALIBRATION_ANSWERS, REWARDS, ROUTER, ROUTES, ANSWERS),
+            *(EXAMPLES, METRICS, SCORES),
+        ),
         writes=("report.html", "report.json"),
         section=to_values,
         models=_none,

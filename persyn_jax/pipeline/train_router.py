@@ -63,7 +63,7 @@ def train_router(
 
     prompts: the calibration prompts. state_ND: the backbone's pooled state of each, float32.
     on_metrics: called with a row every ten steps. Returns (head for raw pooled states, router
-    metrics as in `routing.verdict`).
+    metrics as in `routing.verdict` and the ids of the prompts that they are of).
 
     Raises ConfigError when either part would be empty, RuntimeError when the rewards give too few
     preference pairs.
@@ -97,7 +97,13 @@ def train_router(
     )
     coefficient_NM = np.asarray(router.coefficients(head, held_out.feature_ND))
     metrics = judge_router(seen, held_out, coefficient_NM, teachers, config.neighbours)
-    return head, {"trained_on": len(seen_N), "pairs": pairs, **metrics}
+    held_out_prompts = [prompts[n].id for n in held_out_N]
+    return head, {
+        "trained_on": len(seen_N),
+        "pairs": pairs,
+        "held_out_prompts": held_out_prompts,
+        **metrics,
+    }
 
 
 def split_calibration(
