@@ -11,7 +11,9 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-TOP_LEVEL = {"run", "prompts", "teachers", "router", "cost", "student", "gossip", "stages"}
+TOP_LEVEL = {
+    *("run", "prompts", "teachers", "rewards", "router", "cost", "student", "gossip", "stages")
+}
 STRATEGIES = ("router", "best_constant", "best_per_source", "knn", "random", "oracle")
 
 
@@ -26,6 +28,20 @@ def check(report: dict[str, Any], page: str) -> None:
     for name in STRATEGIES:
         assert at(report, f"router.regret.{name}") > -1e-9, f"router.regret.{name} is negative"
     assert isinstance(at(report, "router.verdict"), str), "router.verdict is no sentence"
+
+    for name, outcome in at(report, "router.strategies").items():
+        assert outcome["regret"] > -1e-9, f"router.strategies.{name}.regret is negative"
+    assert "router" in at(report, "router.strategies"), "router.strategies: the router is missing"
+    lost = [loss["loss"] for loss in at(report, "router.largest_losses")]
+    assert lost == sorted(lost, reverse=True), f"router.largest_losses: not the worst first: {lost}"
+
+    own, sweep = f"{at(report, 'rewards.alpha'):g}", at(report, "rewards.alpha_sweep")
+    assert {"0", own, "1"} <= set(sweep), f"rewards.alpha_sweep: only {sorted(sweep)}"
+    for alpha, point in sweep.items():
+        shares = sum(point["share"].values())
+        assert math.isclose(shares, 1), f"rewards.alpha_sweep.{alpha}.share: adds up to {shares}"
+    agreement = sweep[own]["agreement"]
+    assert math.isclose(agreement, 1), f"rewards.alpha_sweep.{own}.agreement: {agreement}"
 
     for name in ("before", "after", "paired_difference"):
         mean, (low, high) = at(report, f"student.{name}.mean"), at(report, f"student.{name}.ci95")

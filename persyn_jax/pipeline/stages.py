@@ -337,7 +337,8 @@ def run_records(run: Run):
     """Everything that the finished stages wrote, as `reporting` takes it."""
     import persyn_jax
     from persyn_jax.config import fingerprint
-    from persyn_jax.reporting.report import RunRecords
+    from persyn_jax.models.router import load_router
+    from persyn_jax.reporting.run_records import RunRecords
 
     config = run.config
     manifests = {}
@@ -377,6 +378,11 @@ def run_records(run: Run):
             name: {"seconds": round(manifest.seconds, 1), **manifest.summary["measured"]}
             for name, manifest in manifests.items()
         },
+        quality=config.quality.kind,
+        learnability=config.rewards.learnability,
+        alpha=config.rewards.alpha,
+        strategies=config.routing,
+        state_ND=load_router(run.folder / ROUTER)[2],
     )
 
 
@@ -513,7 +519,10 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         name="report",
         modules=("persyn_jax.reporting",),
-        reads=(PROMPTS, CALIBRATION_ANSWERS, REWARDS, ROUTES, ANSWERS, EXAMPLES, METRICS, SCORES),
+        reads=(
+            *(PROMPTS, CALIBRATION_ANSWERS, REWARDS, ROUTER, ROUTES, ANSWERS),
+            *(EXAMPLES, METRICS, SCORES),
+        ),
         writes=("report.html", "report.json"),
         section=to_values,
         models=_none,

@@ -70,6 +70,8 @@ class Lessons(NamedTuple):
 
     total_NM: np.ndarray
     """float64, the rewards."""
+    prompt_N: Sequence[str]
+    """The id of each prompt."""
     source_N: np.ndarray
     """Where each prompt comes from."""
     seen_N: np.ndarray
@@ -108,8 +110,9 @@ def train_router(
 
     prompts: the calibration prompts. state_ND: the backbone's pooled state of each, float32.
     on_metrics: called with a row every ten steps. Returns (head for raw pooled states, router
-    metrics as in `routing.verdict`). Imported rewards (`pipeline.router_data`) may leave out some
-    teachers of a prompt: then the metrics are `held_out`, `held_out_pairs` and `pair_accuracy`.
+    metrics as in `routing.verdict`, and the ids of the prompts that they are of). Imported rewards
+    (`pipeline.router_data`) may leave out some teachers of a prompt: then the metrics are
+    `held_out`, `held_out_pairs` and `pair_accuracy`.
 
     Raises ConfigError when either part would be empty, RuntimeError when the rewards give too few
     preference pairs.
@@ -147,14 +150,19 @@ def make_lessons(
             f"{config.gossip.workers} workers: the teachers' totals are equal nearly everywhere"
         )
     source_N = np.array([prompt.source for prompt in prompts])
-    return Lessons(total_NM, source_N, seen_N, held_out_N, preferences)
+    ids = [prompt.id for prompt in prompts]
+    return Lessons(total_NM, ids, source_N, seen_N, held_out_N, preferences)
 
 
 def judge(
     head: Params, state_ND: np.ndarray, lessons: Lessons, teachers: Sequence[str], neighbours: int
 ) -> dict[str, Any]:
     """Router metrics as in `train_router`. head: for pooled states as they come."""
-    learned = {"trained_on": len(lessons.seen_N), "pairs": len(lessons.preferences.winner_P)}
+    learned = {
+        "trained_on": len(lessons.seen_N),
+        "pairs": len(lessons.preferences.winner_P),
+        "held_out_prompts": [lessons.prompt_N[n] for n in lessons.held_out_N],
+    }
     if np.isnan(lessons.total_NM).any():
         apart_N = lessons.held_out_N
         return learned | _judge_pairs(head, lessons.total_NM[apart_N], state_ND[apart_N])

@@ -1,22 +1,40 @@
 """The HTML page of a run: one file that needs nothing else and asks the network for nothing."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
-from persyn_jax.records import Answer, Prompt, Reward
-from persyn_jax.reporting import plots, text
-from persyn_jax.reporting.report import RunRecords
+from persyn_jax.reporting import plots, study_plots, text
+from persyn_jax.reporting.page_rows import choose_disagreements, choose_rows, stage_rows
+from persyn_jax.reporting.run_records import RunRecords
 from persyn_jax.reporting.style import css, series_color
+from persyn_jax.routing.verdict import MIN_HELD_OUT
 
-T = TypeVar("T")
-
-ROWS_TO_READ = 20
+CUT_AT = 1500
+"""Characters of a text shown where router and oracle disagree."""
+QUALITY = {
+    "verifier": "How often each teacher is right, by the verifier: the mark is its mean.",
+    "reward_model": "What the reward model thinks of each teacher's answers: the mark is the mean.",
+    "likelihood": "How likely each teacher's answers are to the larger model, in nats a token: the"
+    " mark is the mean.",
+    "judge": "What the judge thinks of each teacher's answers: the mark is the mean.",
+}
+"""What to see in the plot of quality, by what measured it."""
+ASKS = {
+    "router": "the highest coefficient",
+    "strong": "the teacher of the highest mean quality",
+    "mix": "the strong teacher for some prompts, any other for the rest; one draw",
+    "family_strong": "the best in quality of the student's family",
+    "car": "the teacher of the best quality for its loss under the student",
+    "knn": "the best on the most similar prompts",
+    "clusters": "the best on the nearest group of prompts",
+    "random": "anyone; expected",
+    "oracle": "the best teacher of each prompt, known afterwards",
+}
+"""Whom a strategy asks, for those that need no name of the run."""
 
 
 @dataclass(frozen=True)
@@ -27,18 +45,6 @@ class Plot:
     caption: str
     svg: Markup
     """Made by `plots`, which escapes names."""
-
-
-@dataclass(frozen=True)
-class ReadingRow:
-    """One prompt with all that the run made of it."""
-
-    prompt: Prompt
-    answer: Answer
-    coefficients: dict[str, float]
-    """By teacher."""
-    rewards: dict[str, Reward]
-    """By teacher; empty for a prompt that only the chosen teacher answered."""
 
 
 def render_page(records: RunRecords, report: dict[str, Any]) -> str:
@@ -55,6 +61,8 @@ def render_page(records: RunRecords, report: dict[str, Any]) -> str:
     )
     environment.filters |= {
         "count": text.count,
+        "cut": text.cut,
+        "dollars": text.dollars,
         "difference": text.difference,
         "interval": text.interval,
         "percent": text.percent,
@@ -67,6 +75,12 @@ def render_page(records: RunRecords, report: dict[str, Any]) -> str:
         report=report,
         plots=make_plots(records, report),
         rows=choose_rows(records),
+        disagreements=choose_disagreements(records, report),
+        stages=stage_rows(report["stages"]),
+        asks=ASKS,
+        cut_at=CUT_AT,
+        min_held_out=MIN_HELD_OUT,
+        trend_sentence=text.trend_sentence,
         colors=colors,
     )
 
@@ -75,7 +89,10 @@ def make_plots(records: RunRecords, report: dict[str, Any]) -> dict[str, list[Pl
     """The plots of each section of the page."""
     return {
         "router": _router_plots(report),
+        "router_study": _router_study_plots(report),
         "teachers": _teacher_plots(records),
+        "alpha": _alpha_plots(report),
+        "length": _length_plots(report),
         "student": _student_plots(records, report),
         "gossip": _gossip_plots(records),
     }
@@ -93,9 +110,84 @@ def _router_plots(report: dict[str, Any]) -> list[Plot]:
         _plot(
             "Teacher share by source",
             "Whom the router asks: bars that differ between sources show that it tells them apart.",
-            plots.plot_teacher_shares(teachers["share_by_source"], list(teachers["by_teacher"])),
+            plots.plot_teacher_shares(
+                teachers["share_by_source"],
+                list(teachers["by_teacher"]),
+                "Share of each teacher by source",
+            ),
         ),
     ]
+
+
+def _router_study_plots(report: dict[str, Any]) -> list[Plot]:
+    router, teachers = report["router"], report["teachers"]
+    quarters = {
+        f"{low:,} to {high:,}" if low < high else f"{low:,}": quarter["share"]
+        for quarter in teachers["share_by_length"].values()
+        for low, high in [quarter["characters"]]
+    }
+    return [
+        _plot(
+            "How sure, and how right",
+            "Pairs of teachers on held-out prompts: on the diagonal (dashed) the coefficients mean"
+            " what they say; below it the router is surer than it should be. Large dots stand for"
+            " many pairs.",
+            study_plots.plot_reliability(router["reliability"]),
+        ),
+        _plot(
+            "Teacher share by prompt length",
+            "Routed prompts in quarters by their characters: bars that differ show that the router"
+            " goes by length, or by something that comes with it.",
+            plots.plot_teacher_shares(
+                quarters, list(teachers["by_teacher"]), "Share of each teacher by prompt length"
+            ),
+        ),
+    ]
+
+
+def _alpha_plots(report: dict[str, Any]) -> list[Plot]:
+    rewards = report["rewards"]
+    shares_of = {alpha: point["share"] for alpha, point in rewards["alpha_sweep"].items()}
+    return [
+        _plot(
+            "What alpha trades",
+            "The answers that the best possible routes would choose: how much quality a larger"
+            " alpha gives up, and how much learnability it wins. Dashed: this run's"
+            f" {rewards['alpha']:g}.",
+            study_plots.plot_alpha(rewards),
+        ),
+        _plot(
+            "Best teacher by alpha",
+            "Share of the calibration prompts on which each teacher has the best total, by alpha;"
+            " equally good teachers share a prompt.",
+            plots.plot_teacher_shares(
+                shares_of, list(report["teachers"]["by_teacher"]), "Best teacher by alpha"
+            ),
+        ),
+    ]
+
+
+def _length_plots(report: dict[str, Any]) -> list[Plot]:
+    by_length = report["rewards"]["total_by_length"]
+    return [
+        _plot(
+            "Does length pay?",
+            "Right of 0 a teacher's longer answers have the higher totals, left of it the shorter;"
+            " lines are 95 % intervals.",
+            study_plots.plot_length_correlation(by_length["by_teacher"]),
+        ),
+        _plot(
+            "Total reward by response length",
+            "Usable answers in five parts of equal size, from the shortest to the longest, of each"
+            " teacher and of all together (thick).",
+            study_plots.plot_total_by_length(by_length),
+        ),
+    ]
+
+
+def _metric(learnability: str) -> str:
+    name = learnability.replace("_", " ")
+    return f"{name}, nats a token" if learnability == "mean_log_likelihood" else name
 
 
 def _teacher_plots(records: RunRecords) -> list[Plot]:
@@ -103,14 +195,14 @@ def _teacher_plots(records: RunRecords) -> list[Plot]:
     return [
         _plot(
             "Quality by teacher",
-            "How often each teacher is right, by the verifier: the mark is its mean.",
+            QUALITY[records.quality],
             plots.plot_rewards(rewards, teachers, "quality", "quality"),
         ),
         _plot(
             "Learnability by teacher",
             "How natural each teacher's answers are to the student: further right is more"
             " familiar.",
-            plots.plot_rewards(rewards, teachers, "learnability", "learnability, nats a token"),
+            plots.plot_rewards(rewards, teachers, "learnability", _metric(records.learnability)),
         ),
         _plot(
             "Total reward by teacher",
@@ -159,47 +251,6 @@ def _gossip_plots(records: RunRecords) -> list[Plot]:
             f" 1/{records.run['workers']} (dashed) while their sum stays 1.",
             plots.plot_sum_weights(records.training_metrics),
         ),
-    ]
-
-
-def choose_rows(records: RunRecords) -> list[ReadingRow]:
-    """Twenty chosen answers to read, in turn over sources, then splits, then teachers."""
-    prompt_of = {prompt.id: prompt for prompt in records.prompts}
-    route_of = {route.prompt_id: route for route in records.routes}
-    groups: dict[str, dict[str, dict[str, list[Answer]]]] = {}
-    for answer in records.chosen_answers:
-        prompt = prompt_of[answer.prompt_id]
-        splits = groups.setdefault(prompt.source, {})
-        splits.setdefault(prompt.split, {}).setdefault(answer.teacher, []).append(answer)
-    in_turn = _in_turn(
-        _in_turn(_in_turn(teachers.values()) for teachers in splits.values())
-        for splits in groups.values()
-    )
-    rows = []
-    for answer in in_turn[:ROWS_TO_READ]:
-        route = route_of.get(answer.prompt_id)
-        rewards = [reward for reward in records.rewards if reward.prompt_id == answer.prompt_id]
-        rows.append(
-            ReadingRow(
-                prompt=prompt_of[answer.prompt_id],
-                answer=answer,
-                coefficients=dict(zip(records.teachers, route.coefficients, strict=True))
-                if route
-                else {},
-                rewards={reward.teacher: reward for reward in rewards},
-            )
-        )
-    return rows
-
-
-def _in_turn(lists: Iterable[Iterable[T]]) -> list[T]:
-    """The first of each list, then the second of each, and so on."""
-    missing: Any = object()
-    return [
-        item
-        for turn in zip_longest(*lists, fillvalue=missing)
-        for item in turn
-        if item is not missing
     ]
 
 

@@ -16,6 +16,8 @@ from persyn_jax.reporting.style import (
     MUTED,
     ON_SERIES,
     SURFACE,
+    beside,
+    estimate,
     new_figure,
     plot_style,
     rows_from_top,
@@ -73,7 +75,7 @@ def plot_rewards(
             if values:
                 mean = float(np.mean(values))
                 axes.plot([mean, mean], [row + 0.3, row - 0.45], color=INK, linewidth=1.4)
-                _beside(axes, row, f"mean {score(mean)}")
+                beside(axes, row, f"mean {score(mean)}")
         rows_from_top(axes, teachers)
         axes.set_xlabel(axis_label)
         axes.spines["bottom"].set_visible(False)
@@ -123,15 +125,15 @@ def plot_rewards_by_source(
 
 
 def plot_teacher_shares(
-    share_by_source: dict[str, dict[str, float]], teachers: Sequence[str]
+    shares_of: dict[str, dict[str, float]], teachers: Sequence[str], label: str
 ) -> str:
-    """One stacked bar a source: how its prompts were shared out among the teachers."""
+    """One stacked bar a group of prompts: how they were shared out among the teachers."""
     with plot_style():
-        figure = new_figure(0.9 + ROW * len(share_by_source) + 0.2 * ((len(teachers) + 1) // 2))
+        figure = new_figure(0.9 + ROW * len(shares_of) + 0.2 * ((len(teachers) + 1) // 2))
         axes = figure.add_subplot()
-        left = np.zeros(len(share_by_source))
+        left = np.zeros(len(shares_of))
         for index, teacher in enumerate(teachers):
-            widths = np.array([shares[teacher] for shares in share_by_source.values()])
+            widths = np.array([shares[teacher] for shares in shares_of.values()])
             axes.barh(
                 range(len(widths)),
                 widths,
@@ -154,7 +156,7 @@ def plot_teacher_shares(
                         va="center_baseline",
                     )
             left += widths
-        rows_from_top(axes, list(share_by_source))
+        rows_from_top(axes, list(shares_of))
         axes.set_xlim(0, 1)
         axes.xaxis.set_visible(False)
         axes.spines["bottom"].set_visible(False)
@@ -166,7 +168,7 @@ def plot_teacher_shares(
             handleheight=0.9,
             borderaxespad=0.1,
         )
-        return to_svg(figure, "Share of each teacher by source")
+        return to_svg(figure, label)
 
 
 def plot_regret(router: dict[str, Any]) -> str:
@@ -178,8 +180,8 @@ def plot_regret(router: dict[str, Any]) -> str:
         for row, strategy in enumerate(strategies):
             mean, ci95 = router["regret"][strategy], router["regret_ci95"][strategy]
             color = ACCENT if strategy == "router" else MUTED
-            _estimate(axes, row, mean, ci95, color)
-            _beside(axes, row, score(mean), color=ACCENT if strategy == "router" else INK)
+            estimate(axes, row, mean, ci95, color)
+            beside(axes, row, score(mean), color=ACCENT if strategy == "router" else INK)
         rows_from_top(axes, [strategy.replace("_", " ") for strategy in strategies])
         axes.set_xlim(left=-0.02 * axes.get_xlim()[1])
         axes.set_xlabel("regret: total reward lost against the oracle (left is better)")
@@ -239,9 +241,9 @@ def plot_scores(student: dict[str, Any]) -> str:
         figure = new_figure(0.7 + 1.25 * ROW * len(rows))
         axes = figure.add_subplot()
         for row, scores in enumerate(rows.values()):
-            _estimate(axes, row - 0.17, scores["before"]["mean"], scores["before"]["ci95"], MUTED)
-            _estimate(axes, row + 0.17, scores["after"]["mean"], scores["after"]["ci95"], ACCENT)
-            _beside(axes, row, signed(scores["paired_difference"]["mean"]))
+            estimate(axes, row - 0.17, scores["before"]["mean"], scores["before"]["ci95"], MUTED)
+            estimate(axes, row + 0.17, scores["after"]["mean"], scores["after"]["ci95"], ACCENT)
+            beside(axes, row, signed(scores["paired_difference"]["mean"]))
         for name, offset, color in (("before", -0.17, MUTED), ("after", 0.17, ACCENT)):
             axes.annotate(
                 name,
@@ -257,25 +259,6 @@ def plot_scores(student: dict[str, Any]) -> str:
         axes.set_xlim(-0.02, 1.02)
         axes.set_xlabel("mean score (right is better); difference at the right")
         return to_svg(figure, "Score before and after training, overall and by source")
-
-
-def _estimate(axes: Axes, row: float, mean: float, ci95: Sequence[float], color: str) -> None:
-    """A dot for the mean and a line for its interval."""
-    axes.plot(ci95, [row, row], color=color, linewidth=2.2, alpha=0.55)
-    axes.plot([mean], [row], "o", color=color, markersize=6.5, markeredgecolor=SURFACE)
-
-
-def _beside(axes: Axes, row: float, text: str, color: str = INK) -> None:
-    """Text at the right of a row, outside the axes."""
-    axes.annotate(
-        text,
-        (1, row),
-        (6, 0),
-        xycoords=axes.get_yaxis_transform(),
-        textcoords="offset points",
-        color=color,
-        va="center_baseline",
-    )
 
 
 def _worker_lines(

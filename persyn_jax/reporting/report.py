@@ -2,45 +2,24 @@
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from persyn_jax.intervals import Interval, mean_ci95, paired_difference_ci95
-from persyn_jax.records import Answer, Example, Prompt, Reward, Route, Score
+from persyn_jax.records import Answer, Prompt, Reward, Route, Score
+from persyn_jax.reporting.alpha_sweep import alpha_sweep, reward_terms
+from persyn_jax.reporting.held_out import (
+    HeldOut,
+    compare_strategies,
+    largest_losses,
+    split_calibration,
+)
+from persyn_jax.reporting.lengths import LengthTrend, length_trend, prompt_characters, quarters
+from persyn_jax.reporting.run_records import RunRecords
+from persyn_jax.routing.router_study import reliability
 
 SPLITS = ("calibration", "train", "eval")
-
-
-@dataclass(frozen=True)
-class RunRecords:
-    """Everything that the stages of a run wrote, and nothing measured anew."""
-
-    run: dict[str, Any]
-    """name, seed, version, config_fingerprint, platform, workers, student_model."""
-    teachers: dict[str, str]
-    """Licence by teacher, in the order of the config (which is that of a route's coefficients)."""
-    prompts: list[Prompt]
-    calibration_answers: list[Answer]
-    """Every teacher's answer to every calibration prompt."""
-    rewards: list[Reward]
-    """One for each calibration answer."""
-    routes: list[Route]
-    """The router's word on each train prompt; on calibration prompts too, if it was asked."""
-    chosen_answers: list[Answer]
-    """The chosen teacher's answer to each calibration and train prompt."""
-    examples: list[Example]
-    """What the student was trained on or held out of its training: the usable chosen answers."""
-    scores: list[Score]
-    """Each eval prompt once `before`, once `after`."""
-    router: dict[str, Any]
-    """The metrics of `routing.verdict`, with `trained_on` and `pairs`."""
-    training_metrics: list[dict[str, Any]]
-    """The rows of metrics.jsonl of the stage train_student, one a round."""
-    gossip: dict[str, Any]
-    """exchange_probability, compiled_programs."""
-    stages: dict[str, dict[str, Any]]
-    """By stage: seconds, and whatever else was timed."""
+DISAGREEMENTS = 10
 
 
 def build_report(records: RunRecords) -> dict[str, Any]:
@@ -49,7 +28,8 @@ def build_report(records: RunRecords) -> dict[str, Any]:
         "run": records.run,
         "prompts": _prompts(records.prompts),
         "teachers": _teachers(records),
-        "router": records.router,
+        "rewards": _rewards(records),
+        "router": _router(records),
         "cost": _cost(records),
         "student": _student(records),
         "gossip": _gossip(records),
@@ -86,6 +66,21 @@ def _teachers(records: RunRecords) -> dict[str, Any]:
             source: teacher_shares(routes, records.teachers)
             for source, routes in routes_of_source.items()
         },
+        "share_by_length": _share_by_length(records),
+    }
+
+
+def _share_by_length(records: RunRecords) -> dict[str, Any]:
+    """By quarter of the routed prompts, from the shortest to the longest."""
+    length_of = {prompt.id: prompt_characters(prompt) for prompt in records.prompts}
+    length_N = [length_of[route.prompt_id] for route in records.routes]
+    return {
+        quarter: {
+            "prompts": len(rows),
+            "characters": [min(length_N[row] for row in rows), max(length_N[row] for row in rows)],
+            "share": teacher_shares([records.routes[row] for row in rows], records.teachers),
+        }
+        for quarter, rows in quarters(length_N).items()
     }
 
 
@@ -131,6 +126,84 @@ def teacher_shares(routes: list[Route], teachers: Iterable[str]) -> dict[str, fl
     return {teacher: counts[teacher] / len(routes) for teacher in teachers}
 
 
+def _rewards(records: RunRecords) -> dict[str, Any]:
+    teachers = list(records.teachers)
+    points = alpha_sweep(reward_terms(records.rewards, teachers), records.alpha)
+    rewards_of = _grouped(records.rewards, lambda reward: reward.teacher)
+    return {
+        "quality": records.quality,
+        "alpha": records.alpha,
+        "alpha_sweep": {
+            f"{point.alpha:g}": {
+                "agreement": point.agreement,
+                "mean_quality": point.mean_quality,
+                "mean_learnability": point.mean_learnability,
+                "share": dict(zip(teachers, point.share_M.tolist(), strict=True)),
+            }
+            for point in points
+        },
+        "total_by_length": {
+            "overall": _as_trend(length_trend(records.rewards)),
+            "by_teacher": {
+                teacher: _as_trend(length_trend(rewards_of[teacher])) for teacher in teachers
+            },
+        },
+    }
+
+
+def _as_trend(trend: LengthTrend) -> dict[str, Any]:
+    correlation = trend.correlation
+    return {
+        "answers": trend.answers,
+        "rank_correlation": None if correlation is None else correlation.mean,
+        "ci95": None if correlation is None else [correlation.low, correlation.high],
+        "trend": trend.trend,
+        "tokens": trend.tokens_K,
+        "mean_total": trend.total_K,
+    }
+
+
+def _router(records: RunRecords) -> dict[str, Any]:
+    held_out, teachers = split_calibration(records), list(records.teachers)
+    outcomes, left_out = compare_strategies(
+        held_out, teachers, records.strategies, records.run["seed"]
+    )
+    return {
+        **records.router,
+        "strategies": {
+            strategy: {
+                "mean_total": outcome.total.mean,
+                "ci95": [outcome.total.low, outcome.total.high],
+                "regret": outcome.regret,
+                "difference_to_router": _as_values(outcome.difference_to_router),
+            }
+            for strategy, outcome in outcomes.items()
+        },
+        "strategies_left_out": left_out,
+        "reliability": _reliability(held_out),
+        "largest_losses": [
+            loss._asdict() for loss in largest_losses(held_out, teachers, DISAGREEMENTS)
+        ],
+    }
+
+
+def _reliability(held_out: HeldOut) -> dict[str, Any]:
+    """The bins that hold pairs; none, where every total equals every other of its prompt."""
+    try:
+        found = reliability(held_out.coefficient_NM, held_out.total_NM)
+    except ValueError:
+        empty = {"confidence": [], "right": [], "pairs": []}
+        return {**empty, "expected_error": None, "log_loss": None}
+    filled_K = found.pairs_K > 0
+    return {
+        "confidence": found.confidence_K[filled_K].tolist(),
+        "right": found.right_K[filled_K].tolist(),
+        "pairs": found.pairs_K[filled_K].tolist(),
+        "expected_error": found.expected_error,
+        "log_loss": found.log_loss,
+    }
+
+
 def _cost(records: RunRecords) -> dict[str, Any]:
     """Counts each answer once: some of the chosen answers are calibration answers too."""
     answers = {
@@ -139,12 +212,26 @@ def _cost(records: RunRecords) -> dict[str, Any]:
     counts = _split_counts(records.prompts)
     asked = counts["calibration"] + counts["train"]
     teachers = len(records.teachers)
-    prices = [answer.usd for answer in answers]
-    known = [price for price in prices if price is not None]
+    answers_of = _grouped(answers, lambda answer: answer.teacher)
     return {
         "answers_generated": len(answers),
         "answers_generate_then_select": asked * teachers,
         "answers_expected": asked + counts["calibration"] * (teachers - 1),
+        **_spent(answers),
+        "by_teacher": {
+            teacher: {
+                "answers": len(answers_of.get(teacher, [])),
+                **_spent(answers_of.get(teacher, [])),
+            }
+            for teacher in records.teachers
+        },
+    }
+
+
+def _spent(answers: Collection[Answer]) -> dict[str, Any]:
+    prices = [answer.usd for answer in answers]
+    known = [price for price in prices if price is not None]
+    return {
         "prompt_tokens": sum(answer.prompt_tokens for answer in answers),
         "completion_tokens": sum(answer.completion_tokens for answer in answers),
         "usd": math.fsum(known) if len(known) == len(prices) else None,

@@ -119,6 +119,25 @@ def rows_from_top(axes: Axes, labels: Sequence[str]) -> None:
     axes.grid(visible=False, axis="y")
 
 
+def estimate(axes: Axes, row: float, mean: float, ci95: Sequence[float], color: str) -> None:
+    """A dot for the mean and a line for its interval."""
+    axes.plot(ci95, [row, row], color=color, linewidth=2.2, alpha=0.55)
+    axes.plot([mean], [row], "o", color=color, markersize=6.5, markeredgecolor=SURFACE)
+
+
+def beside(axes: Axes, row: float, text: str, color: str = INK) -> None:
+    """Text at the right of a row, outside the axes."""
+    axes.annotate(
+        text,
+        (1, row),
+        (6, 0),
+        xycoords=axes.get_yaxis_transform(),
+        textcoords="offset points",
+        color=color,
+        va="center_baseline",
+    )
+
+
 def short(name: str) -> str:
     """The name, cut to what fits beside a plot."""
     return name if len(name) <= NAME_LENGTH else name[: NAME_LENGTH - 1] + "…"

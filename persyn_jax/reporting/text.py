@@ -3,9 +3,20 @@
 from typing import Any
 
 
-def count(value: int) -> str:
-    """1234 as `1,234`."""
-    return f"{value:,}"
+def count(value: int | None) -> str:
+    """1234 as `1,234`; a dash for what was not counted."""
+    return "-" if value is None else f"{value:,}"
+
+
+def dollars(value: float | None) -> str:
+    """`$ 1.20`, or `unknown`."""
+    return "unknown" if value is None else f"$ {value:,.2f}"
+
+
+def cut(value: str, length: int) -> str:
+    """The first `length` characters, and how many are left out."""
+    left_out = len(value) - length
+    return value if left_out <= 0 else f"{value[:length]} … ({left_out:,} more characters)"
 
 
 def plural(value: int, noun: str) -> str:
@@ -34,12 +45,29 @@ def interval(low_high: list[float]) -> str:
     return f"{score(low)} to {score(high)}"
 
 
-def signed_interval(low_high: list[float]) -> str:
+def signed_interval(low_high: list[float], decimals: int = 3) -> str:
     """`[-0.1, 0.2]` as `-0.100 to +0.200`."""
     low, high = low_high
-    return f"{signed(low)} to {signed(high)}"
+    return f"{signed(low, decimals)} to {signed(high, decimals)}"
 
 
 def difference(estimate: dict[str, Any]) -> str:
     """{mean, ci95} of a difference as `+0.100 (95 % interval +0.050 to +0.150)`."""
     return f"{signed(estimate['mean'])} (95 % interval {signed_interval(estimate['ci95'])})"
+
+
+def trend_sentence(total_by_length: dict[str, Any]) -> str:
+    """Whether longer answers have higher totals, in words."""
+    overall = {
+        "rises": "The total rises with the length of the answer",
+        "falls": "The total falls with the length of the answer",
+        "none seen": "Over all answers no trend of the total with length is seen",
+        "too few answers": "There are too few usable answers to tell a trend of the total",
+    }[total_by_length["overall"]["trend"]]
+    by_teacher = total_by_length["by_teacher"]
+    named = [
+        f"it {trend} for {', '.join(teachers)}"
+        for trend in ("rises", "falls")
+        if (teachers := [name for name, own in by_teacher.items() if own["trend"] == trend])
+    ]
+    return "; ".join([overall, *named]) + "."

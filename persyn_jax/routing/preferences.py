@@ -8,7 +8,9 @@ import numpy as np
 
 from persyn_jax.records import Reward
 
-Term = Literal["total", "quality", "learnability"]
+Term = Literal[
+    "total", "quality", "learnability", "quality_standardised", "learnability_standardised"
+]
 
 
 def reward_matrix(

@@ -155,7 +155,7 @@ def test_pairs_are_dealt_by_the_length_of_their_prompts(lengths, workers, seed):
     pair_P = np.repeat(np.arange(len(lengths), dtype=np.int32), 3)
     preferences = Preferences(pair_P, pair_P, pair_P)
     nothing = np.zeros(0)
-    lessons = Lessons(nothing, nothing, nothing, nothing, preferences)
+    lessons = Lessons(nothing, [], nothing, nothing, nothing, preferences)
     config = training(gossip=GossipConfig(workers=workers), seed=seed)
     buckets = deal(lessons, seen, config)
     assert [b.length for b in buckets] == sorted({b.length for b in buckets})

@@ -126,6 +126,9 @@ def test_metrics_say_how_the_loss_of_each_worker_fell(planted):
     assert max(rows[-1]["loss"]) < 0.5
     assert rows[-1]["loss"][0] != rows[-1]["loss"][1]
     assert metrics["trained_on"] + metrics["held_out"] == 200
+    prompts = [make_prompt(f"p{n}", f"s{n % 3}") for n in range(200)]
+    _, held_out_N = split_calibration(prompts, 0.4, seed=0)
+    assert metrics["held_out_prompts"] == [f"p{n}" for n in held_out_N]
     assert metrics["pairs"] == metrics["trained_on"] * 6
 
 

@@ -51,7 +51,15 @@ REPORT = {
     "run": {},
     "prompts": {},
     "teachers": {},
+    "rewards": {
+        "alpha": 0.4,
+        "alpha_sweep": {
+            alpha: {"agreement": 1.0, "share": {"a": 0.7, "b": 0.3}} for alpha in ("0", "0.4", "1")
+        },
+    },
     "router": {
+        "strategies": {"router": {"regret": 0.1}, "oracle": {"regret": 0.0}},
+        "largest_losses": [{"loss": 2.0}, {"loss": 0.5}],
         "regret": dict.fromkeys(
             ["router", "best_constant", "best_per_source", "knn", "random", "oracle"], 0.1
         ),
@@ -80,6 +88,10 @@ def test_documented_report_passes(tmp_path):
         ("extra", {}),
         ("cost.answers_generated", 30),
         ("router.verdict", None),
+        ("router.strategies", {"oracle": {"regret": 0.0}}),
+        ("router.largest_losses", [{"loss": 0.5}, {"loss": 2.0}]),
+        ("rewards.alpha_sweep", {"0.4": {"agreement": 1.0, "share": {"a": 1.0}}}),
+        ("rewards.alpha", 0.5),
         ("student.after.mean", 0.7),
         ("gossip.exchanges", 0),
         ("gossip.sum_weight_total", 1.001),

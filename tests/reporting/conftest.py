@@ -6,7 +6,7 @@ import pytest
 from persyn_jax.records import Answer, Example, Prompt, Reward, Route, Score
 from persyn_jax.reporting import RunRecords
 from persyn_jax.routing.rewards import make_rewards
-from persyn_jax.routing.strategies import Calibration
+from persyn_jax.routing.strategies import Calibration, StrategyConfig
 from persyn_jax.routing.verdict import judge_router
 from persyn_jax.streams import numpy_stream
 
@@ -125,13 +125,20 @@ def make_router_metrics(prompts: list[Prompt], rewards: list[Reward], routes: li
     calibration = [prompt for prompt in prompts if prompt.split == "calibration"]
     total_NM = np.array([reward.total for reward in rewards]).reshape(len(calibration), -1)
     source_N = [prompt.source for prompt in calibration]
-    feature_ND = np.eye(len(SOURCES))[[SOURCES.index(source) for source in source_N]]
+    feature_ND = make_states(prompts)
     coefficient_of = {route.prompt_id: route.coefficients for route in routes}
     coefficient_NM = np.array([coefficient_of[prompt.id] for prompt in calibration])
     seen = Calibration(total_NM[:64], source_N[:64], feature_ND[:64])
     held_out = Calibration(total_NM[64:], source_N[64:], feature_ND[64:])
     metrics = judge_router(seen, held_out, coefficient_NM[64:], list(TEACHERS), neighbours=5)
-    return {"trained_on": 64, "pairs": 380, **metrics}
+    held_out_prompts = [prompt.id for prompt in calibration[64:]]
+    return {"trained_on": 64, "pairs": 380, "held_out_prompts": held_out_prompts, **metrics}
+
+
+def make_states(prompts: list[Prompt]) -> np.ndarray:
+    """States that tell the sources of the calibration prompts apart, and nothing else."""
+    sources = [SOURCES.index(p.source) for p in prompts if p.split == "calibration"]
+    return np.eye(len(SOURCES), dtype=np.float32)[sources]
 
 
 def make_scores(prompts: list[Prompt]) -> list[Score]:
@@ -239,6 +246,11 @@ def make_run() -> RunRecords:
         training_metrics=make_training_metrics(),
         gossip={"exchange_probability": 0.3, "compiled_programs": 1},
         stages={name: {"seconds": s} for name, s in zip(stages, seconds, strict=True)},
+        quality="verifier",
+        learnability="mean_log_likelihood",
+        alpha=0.4,
+        strategies=StrategyConfig(neighbours=5),
+        state_ND=make_states(prompts),
     )
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from persyn_jax.reporting import build_report, render_page
-from persyn_jax.reporting.page import choose_rows, make_plots
+from persyn_jax.reporting.page import CUT_AT, make_plots
+from persyn_jax.reporting.page_rows import choose_disagreements, choose_rows, stage_rows
 from persyn_jax.reporting.style import spread
 
 # Never closed in HTML.
@@ -121,7 +123,7 @@ def test_hostile_text_stays_text(run_records):
 def test_plots_are_well_formed_and_take_their_colours_from_the_page(run_records):
     plots = make_plots(run_records, build_report(run_records))
     svgs = [plot.svg for section in plots.values() for plot in section]
-    assert len(svgs) == 10
+    assert len(svgs) == 16
     for svg in svgs:
         root = ElementTree.fromstring(svg)
         assert root.get("width") is None
@@ -189,6 +191,83 @@ def test_many_teachers_many_workers_and_no_reference_answers(run_records):
     )
     page = Page(render_page(records, build_report(records)))
     assert first in page.text
+
+
+def test_one_source_of_equal_prompts_without_quality_or_losses(run_records):
+    """Nothing to tell apart: one source, one length, no quality, equal totals; too few held out."""
+    prompts = [
+        dataclasses.replace(p, source="only", answer=None, messages=run_records.prompts[0].messages)
+        for p in run_records.prompts
+    ]
+    level = {"quality": None, "quality_standardised": 0.0, "learnability_standardised": 0.0}
+    records = dataclasses.replace(
+        run_records,
+        prompts=prompts,
+        rewards=[dataclasses.replace(r, total=0.0, **level) for r in run_records.rewards],
+        scores=[dataclasses.replace(score, source="only") for score in run_records.scores],
+        quality="judge",
+        router=run_records.router
+        | {"held_out": 3, "held_out_prompts": run_records.router["held_out_prompts"][:3]},
+    )
+    report = build_report(records)
+    json.dumps(report, allow_nan=False)
+    text = " ".join(Page(render_page(records, report)).text.split())
+    assert "Nowhere: the router asks a best teacher on every held-out prompt." in text
+    assert "All totals are equal on every held-out prompt" in text
+    assert "So few prompts decide nothing" in text
+    assert "What the judge thinks of each teacher's answers" in text
+    assert "by the verifier" not in text
+    assert list(report["teachers"]["share_by_length"]) == ["shortest"]
+
+
+def test_disagreements_show_prompt_answers_and_terms_and_cut_long_texts(run_records):
+    long = "x" * (CUT_AT + 1234)
+    worst = build_report(run_records)["router"]["largest_losses"][0]
+    records = dataclasses.replace(
+        run_records,
+        calibration_answers=[
+            dataclasses.replace(a, text=long)
+            if (a.prompt_id, a.teacher) == (worst["prompt_id"], worst["router"])
+            else a
+            for a in run_records.calibration_answers
+        ],
+    )
+    report = build_report(records)
+    rows = choose_disagreements(records, report)
+    assert [row.loss for row in rows] == [
+        loss["loss"] for loss in report["router"]["largest_losses"]
+    ]
+    for row in rows:
+        router, oracle = row.choices
+        assert router.answer.prompt_id == oracle.reward.prompt_id == row.prompt.id
+        assert oracle.reward.total - router.reward.total == row.loss
+        assert router.coefficient >= oracle.coefficient
+    text = Page(render_page(records, report)).text
+    assert "x" * CUT_AT + " … (1,234 more characters)" in text
+    section = text[text.index("Where router and oracle disagree") : text.index("Rows to read")]
+    for row in rows:
+        assert row.prompt.messages[-1]["content"] in section
+        assert f"loses {row.loss:.3f}" in section
+
+
+def test_stages_add_up_what_they_asked_of_everybody():
+    counts = dict.fromkeys(("failed", "requests", "retries", "prompt_tokens"), 1)
+    asked = {
+        "a": {"answers": 3, "completion_tokens": 10, "usd": 0.25, **counts},
+        "b": {"answers": 4, "completion_tokens": 20, "usd": 0.5, **counts},
+    }
+    unpriced = {"c": asked["a"] | {"usd": None}}
+    rows = stage_rows(
+        {
+            "calibrate": {"seconds": 30.0, "peak_memory_gb": 0.5, "asked": asked},
+            "generate": {"seconds": 10.0, "asked": asked | unpriced},
+            "route": {"seconds": 0.0},
+        }
+    )
+    assert [row.share for row in rows] == [0.75, 0.25, 0.0]
+    assert (rows[0].answers, rows[0].completion_tokens, rows[0].usd) == (7, 30, 0.75)
+    assert (rows[1].answers, rows[1].retries, rows[1].usd) == (10, 3, None)
+    assert (rows[2].answers, rows[2].usd, rows[2].peak_memory_gb) == (None, None, None)
 
 
 RENDER = """

@@ -11,13 +11,20 @@ import pytest
 from persyn_jax.records import Reward
 from persyn_jax.reporting import build_report, report, summary_lines
 
-TOP_LEVEL = ["run", "prompts", "teachers", "router", "cost", "student", "gossip", "stages"]
+TOP_LEVEL = [
+    *("run", "prompts", "teachers", "rewards", "router", "cost", "student", "gossip", "stages")
+]
 NAMES_BELOW = {
     "sources": "<source>",
     "by_source": "<source>",
     "best_per_source": "<source>",
     "share_by_source": "<source>",
     "by_teacher": "<teacher>",
+    "share_by_length": "<quarter>",
+    "share": "<teacher>",
+    "alpha_sweep": "<alpha>",
+    "strategies": "<strategy>",
+    "strategies_left_out": "<strategy>",
     "regret": "<strategy>",
     "regret_ci95": "<strategy>",
     "stages": "<stage>",
@@ -44,7 +51,9 @@ def with_placeholders(path: tuple[str, ...]) -> str:
     """The path as the documentation writes it: names of the run replaced."""
     parents = ("", "", *path)
     return ".".join(
-        "<teacher>" if grandparent == "share_by_source" else NAMES_BELOW.get(parent, part)
+        {"share_by_source": "<teacher>", "strategies": part}.get(
+            grandparent, NAMES_BELOW.get(parent, part)
+        )
         for grandparent, parent, part in zip(parents, parents[1:], path, strict=False)
     )
 
@@ -86,6 +95,21 @@ def test_an_answer_is_counted_and_paid_once(run_records):
     assert cost["answers_generated"] == 96 * 4 + 1
     assert cost["usd"] == 96 * 4 * 0.25 + 0.5
     assert cost["prompt_tokens"] == sum(answer.prompt_tokens for answer in priced) + 7
+
+
+def test_every_teachers_answers_are_counted_and_priced_once(run_records):
+    """The calibration answers that were chosen, too, are in both lists."""
+    priced = [dataclasses.replace(a, usd=0.25) for a in run_records.calibration_answers]
+    records = dataclasses.replace(run_records, calibration_answers=priced)
+    cost = build_report(records)["cost"]
+    spent = cost["by_teacher"]
+    assert list(spent) == list(run_records.teachers)
+    for key in ("prompt_tokens", "completion_tokens"):
+        assert sum(each[key] for each in spent.values()) == cost[key]
+    assert sum(each["answers"] for each in spent.values()) == cost["answers_generated"]
+    assert cost["usd"] is None
+    only = build_report(dataclasses.replace(records, chosen_answers=priced[:5]))["cost"]
+    assert [each["usd"] for each in only["by_teacher"].values()] == [24.0] * 4
 
 
 def test_one_unknown_price_makes_the_price_unknown(run_records):
@@ -132,6 +156,18 @@ def test_shares_by_source_are_shares_of_the_routes(built, run_records):
             assert share * len(routes) == pytest.approx([r.teacher for r in routes].count(teacher))
     by_teacher = built["teachers"]["by_teacher"].values()
     assert sum(teacher["routed"] for teacher in by_teacher) == len(run_records.routes)
+
+
+def test_shares_by_length_are_shares_of_the_routes(built, run_records):
+    length_of = {p.id: len(p.messages[0]["content"]) for p in run_records.prompts}
+    by_length = built["teachers"]["share_by_length"]
+    assert sum(quarter["prompts"] for quarter in by_length.values()) == len(run_records.routes)
+    for quarter in by_length.values():
+        low, high = quarter["characters"]
+        routes = [r for r in run_records.routes if low <= length_of[r.prompt_id] <= high]
+        assert len(routes) == quarter["prompts"]
+        for teacher, share in quarter["share"].items():
+            assert share * len(routes) == pytest.approx([r.teacher for r in routes].count(teacher))
 
 
 def test_scores_are_paired_by_prompt(built, run_records):
