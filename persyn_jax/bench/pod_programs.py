@@ -22,6 +22,7 @@ from persyn_jax.models.decoder import DecoderConfig
 from persyn_jax.training.config import TrainConfig
 from persyn_jax.training.losses import response_loss
 from persyn_jax.training.optimisers import make_optimiser
+from persyn_jax.training.precision import cast_loss
 from persyn_jax.training.sharded import (
     INNER_AXES,
     batch_spec,
@@ -161,6 +162,7 @@ def _lower(
     loss = functools.partial(
         response_loss, model, config.recompute, layout=chip_layout(specs, mesh)
     )
+    loss = cast_loss(loss, config.compute_dtype)
     step = make_sharded_step(loss, optimiser, mixing, mesh, specs)
     if program.is_unrolled:
         step = _unrolled(step, program.schedule)
