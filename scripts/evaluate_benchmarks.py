@@ -1,8 +1,11 @@
 """The student on published benchmarks, before and after training, through lm-eval.
 
-    uv venv lm_eval_env && uv pip install --python lm_eval_env 'lm-eval[api,ifeval,math]==0.4.13'
+    uv venv lm_eval_env
+    uv pip install --no-config --python lm_eval_env 'lm-eval[api,ifeval,math]==0.4.13'
     uv run scripts/evaluate_benchmarks.py --config configs/quickstart.yaml \\
         --lm-eval lm_eval_env/bin/lm_eval
+
+(--no-config: lm-eval wants another antlr4 than this project is pinned to.)
 
 Goes on benchmark by benchmark where it was stopped. Those whose data must come from a hub that is
 not there, or that need a package, are named, and the others run; exits with 2 if none could.

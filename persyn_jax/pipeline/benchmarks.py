@@ -151,6 +151,7 @@ def _examine(
                 )
             except _ImpossibleError as error:
                 ran.impossible[task.name] = f"{task.name}: {error}"
+                say(f"{task.name}: cannot be run here: {error}")
                 continue
             except _LmEvalError as error:
                 ran.failed.append(f"{task.name}, {name}: {error}")
