@@ -1,5 +1,6 @@
 """What lm-eval found out about the models: the score of every item, and the comparison."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,10 +39,10 @@ def read_scores(folder: Path, task: BenchmarkTask, model: str) -> list[Benchmark
             if sample["filter"] != task.filter or task.metric not in sample["metrics"]:
                 continue
             value = sample[task.metric]
-            if not isinstance(value, (bool, int, float)):
+            if not (isinstance(value, (bool, int, float)) and math.isfinite(value)):
                 raise ConfigError(
                     f"{row.where}: metric {task.metric!r} of benchmark {task.name!r} is "
-                    "no number an item"
+                    "no finite number"
                 )
             item = f"{name[1] if name else path.stem}/{sample['doc_id']}-{sample['doc_hash'][:8]}"
             scores.append(BenchmarkScore(task.name, item, model, float(value)))

@@ -12,7 +12,7 @@ from persyn_jax import store
 from persyn_jax.config import ConfigError
 from persyn_jax.models.spec import ModelConfig
 from persyn_jax.pipeline import benchmarks
-from persyn_jax.pipeline.benchmark_scores import BENCHMARKS, collect, summary_lines
+from persyn_jax.pipeline.benchmark_scores import BENCHMARKS, collect, read_scores, summary_lines
 from persyn_jax.pipeline.benchmarks import models_to_examine, run_benchmarks
 from persyn_jax.pipeline.run import open_run
 from persyn_jax.pipeline.stages import PROMPTS
@@ -271,3 +271,17 @@ def test_the_papers_six_and_their_examples():
     assert set(tasks.values()) == {0}
     paper = {"ifeval", "truthfulqa_mc2", "livebench", "minerva_math", "svamp"}
     assert set(tasks) == paper | {"persyn_generated"}
+
+
+@pytest.mark.parametrize("value", ["NaN", "[true, false]"])
+def test_a_metric_that_is_no_finite_number_is_refused(tmp_path, make_config, value):
+    """As truthfulqa_mc2 gives where all probabilities underflow, and IFEval's inst_level_strict_acc
+    gives for every item."""
+    (task,) = make_config(IFEVAL).benchmarks.tasks
+    sample = (
+        '{"doc_id": 0, "filter": "none", "metrics": ["prompt_level_strict_acc"], '
+        f'"doc_hash": "f2bdb822", "prompt_level_strict_acc": {value}}}\n'
+    )
+    (tmp_path / "samples_ifeval_2026-11-27T07-33-59.572537.jsonl").write_text(sample)
+    with pytest.raises(ConfigError, match=r"ifeval.*no finite number"):
+        read_scores(tmp_path, task, "after")
