@@ -167,3 +167,18 @@ class Score:
     finish_reason: str
     score: float
     """Verifier's score in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class BenchmarkScore:
+    """One item of a benchmark answered by one model."""
+
+    task: str
+    """As the config's `benchmarks.tasks` names it."""
+    item: str
+    """The same for every model: (task or task of the group)/(number)-(hash of the item) or, of the
+    run's own eval prompts, the prompt's id."""
+    model: str
+    """`before`, `after`, or the name of a folder."""
+    score: float
+    """By the task's metric."""

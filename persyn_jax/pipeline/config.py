@@ -158,6 +158,75 @@ class EvaluationConfig:
     engine: EngineConfig = EngineConfig()
 
 
+GENERATED = "persyn_generated"
+"""The benchmark that is made of the run's own eval prompts."""
+
+
+@config_class
+class BenchmarkTask:
+    """A benchmark as lm-eval knows it."""
+
+    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
+    """Of a task or a group of tasks: lm-eval's own, or one of `evaluation.tasks`."""
+    asks: Literal["chat", "likelihoods"] = "chat"
+    """How the model is asked: for an answer, through its chat template, or for the log-likelihoods
+    of given texts, without."""
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    """Worked examples before a question; null: as the task has it."""
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Of an answer. Null: as the task has it; for `persyn_generated`, `evaluation.max_tokens`."""
+    metric: str
+    """Which of lm-eval's metrics is the score of an item; `verifier`: none, but that of the
+    prompt's own verifier (only `persyn_generated` has one)."""
+    filter: str = "none"
+    """Which of lm-eval's filters the metric is of."""
+    data: Path | None = None
+    """A .jsonl file for tasks that read NAME.jsonl in the folder that lm-eval runs in, such as
+    `svamp_local` and `livebench_local`."""
+
+    def __post_init__(self):
+        if (self.metric == "verifier") != (self.name == GENERATED):
+            raise ValueError(f"metric verifier is that of {GENERATED!r}, and of no other task")
+        if self.data is not None and self.name == GENERATED:
+            raise ValueError(f"data: {GENERATED!r} reads the run's own eval prompts")
+        if self.max_tokens is not None and self.asks == "likelihoods":
+            raise ValueError("max_tokens: where likelihoods are asked, there is no answer")
+
+
+def _paper_benchmarks() -> list[BenchmarkTask]:
+    """The paper's six, zero-shot but for GSM8K, and the run's own prompts, which need no hub.
+
+    Ours, where the sources do not settle it: TruthfulQA's MC2 form; math-verify's verdict on MATH,
+    which finds the boxed answer of a zero-shot chat; IFEval's strict score by prompt.
+    """
+    return [
+        BenchmarkTask(name="ifeval", num_fewshot=0, metric="prompt_level_strict_acc"),
+        BenchmarkTask(name="truthfulqa_mc2", asks="likelihoods", num_fewshot=0, metric="acc"),
+        BenchmarkTask(name="livebench", num_fewshot=0, metric="score"),
+        BenchmarkTask(name="gsm8k", num_fewshot=5, metric="exact_match", filter="flexible-extract"),
+        BenchmarkTask(name="minerva_math", num_fewshot=0, max_tokens=1024, metric="math_verify"),
+        BenchmarkTask(name="svamp", num_fewshot=0, metric="exact_match", filter="last-number"),
+        BenchmarkTask(name=GENERATED, num_fewshot=0, metric="verifier"),
+    ]
+
+
+@config_class
+class BenchmarksConfig:
+    """How the student is examined by others' benchmarks, through lm-eval."""
+
+    tasks: Annotated[list[BenchmarkTask], Field(min_length=1)] = Field(
+        default_factory=_paper_benchmarks
+    )
+    engine: EngineConfig = EngineConfig(cache_length=2048)
+    """Of the service that lm-eval asks; `cache_length` has room for worked examples, question and
+    answer."""
+
+    def __post_init__(self):
+        names = [task.name for task in self.tasks]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"tasks: names must differ, {twice[0]!r} is given twice")
+
+
 @config_class
 class RunConfig:
     """Everything that describes a run."""
@@ -179,6 +248,7 @@ class RunConfig:
     gossip: GossipConfig = GossipConfig()
     training: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    benchmarks: BenchmarksConfig = BenchmarksConfig()
 
     def __post_init__(self):
         names = [teacher.name for teacher in self.teachers]

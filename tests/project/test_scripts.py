@@ -21,6 +21,7 @@ DOCUMENTED = {
     "generate.py",
     "train_student.py",
     "evaluate.py",
+    "evaluate_benchmarks.py",
     "export_data.py",
     "import_answers.py",
     "replay_check.py",
@@ -48,7 +49,10 @@ WITHOUT_CONFIG = {
     "import_answers.py": ["--format", "p2l", "nowhere.yaml", "--out", "out"],
 }
 # What else a script with a config must be told.
-REQUIRED = {"export_data.py": ["--format", "trl", "--out", "out"]}
+REQUIRED = {
+    "export_data.py": ["--format", "trl", "--out", "out"],
+    "evaluate_benchmarks.py": ["--lm-eval", "lm_eval"],
+}
 # Those that need a package which is not installed, and so get no further than saying so.
 NEEDS_MORE = {"fuzz_loaders.py"}
 SCRIPTS = sorted(PRESENT | DOCUMENTED)
