@@ -155,8 +155,8 @@ def expect_cost(
         usd_NM = expected_usd(
             read_NM,
             answered_NM,
-            [teacher.usd_per_million_prompt_tokens for teacher in teachers],
-            [teacher.usd_per_million_completion_tokens for teacher in teachers],
+            [price(teacher, 10**6, 0) for teacher in teachers],
+            [price(teacher, 0, 10**6) for teacher in teachers],
             list(column_of),
         )
     return Expected(read_NM + answered_NM, usd_NM)

@@ -10,7 +10,7 @@ import json
 import resource
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -125,6 +125,23 @@ def open_run(
             yield run
         finally:
             run.stop_service()
+
+
+@contextlib.contextmanager
+def open_finished(config: RunConfig, stages: Sequence["Stage"]) -> Iterator[Run]:
+    """`open_run` for work on what these stages wrote, none of which is run.
+
+    Raises ConfigError when one is not finished, or as `run_stage` when it is with other
+    fingerprints.
+    """
+    unfinished = f"is not finished, and {config.run_folder} needs it"
+    if not config.run_folder.is_dir():
+        raise ConfigError(f"stage {stages[0].name} {unfinished}")
+    with open_run(config) as run:
+        for stage in stages:
+            if store.finished(run.folder, stage.name, _fingerprints(stage, run)) is None:
+                raise ConfigError(f"stage {stage.name} {unfinished}")
+        yield run
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ def _train_router(run: Run, _: Path) -> dict[str, Any]:
     from persyn_jax.models.weights import load
     from persyn_jax.pipeline.tokens import prompt_tokens
     from persyn_jax.pipeline.train_backbone import train_backbone
-    from persyn_jax.pipeline.train_router import RouterTraining, train_router
+    from persyn_jax.pipeline.train_router import train_router
     from persyn_jax.sampling.scoring import pooled_states
 
     config, mesh, c = run.config, run.mesh(), run.config.router
@@ -101,17 +101,7 @@ def _train_router(run: Run, _: Path) -> dict[str, Any]:
     teachers = list(dict.fromkeys(reward.teacher for reward in rewards))
     metrics_file = run.folder / METRICS
     store.truncate_metrics(metrics_file, "train_router", 0)
-    training = RouterTraining(
-        held_out=c.held_out,
-        steps=c.steps,
-        pairs=c.pairs,
-        optimiser=c.optimiser,
-        neighbours=c.neighbours,
-        gossip=config.gossip,
-        seed=config.run.seed,
-        lora=c.lora if c.train == "lora" else None,
-        backbone_optimiser=c.backbone_optimiser,
-    )
+    training = router_training(config)
     calibration = prompts, rewards, teachers
 
     def on_metrics(row: dict[str, Any]) -> None:
@@ -125,6 +115,24 @@ def _train_router(run: Run, _: Path) -> dict[str, Any]:
         router, metrics = train_backbone(*calibration, backbone, tokens, training, mesh, on_metrics)
     save_router(run.folder / ROUTER, router, teachers, config.router_backbone)
     return {"router": metrics}
+
+
+def router_training(config: RunConfig):
+    """`train_router.RouterTraining` as the config says."""
+    from persyn_jax.pipeline.train_router import RouterTraining
+
+    c = config.router
+    return RouterTraining(
+        held_out=c.held_out,
+        steps=c.steps,
+        pairs=c.pairs,
+        optimiser=c.optimiser,
+        neighbours=c.neighbours,
+        gossip=config.gossip,
+        seed=config.run.seed,
+        lora=c.lora if c.train == "lora" else None,
+        backbone_optimiser=c.backbone_optimiser,
+    )
 
 
 def _route(run: Run, _: Path) -> dict[str, Any]:

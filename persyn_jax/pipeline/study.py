@@ -4,6 +4,10 @@ All strategies share prompts, calibration answers and rewards; each trains stude
 equally many rows. In `runs/STUDY` there is one run folder for what is shared, `base`, and one for
 each student, `STRATEGY-SEED`. Whatever is finished is not done again.
 
+The swap test asks whether routes are personal: the same cached answers are scored for another
+student, in the run folder `other`, and the study's student is trained on the routes that PerSyn
+gives that one, as a further strategy named `swapped`.
+
 Heavy imports stay inside the functions.
 """
 
@@ -11,7 +15,7 @@ import gc
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import Field
 
@@ -32,6 +36,7 @@ from persyn_jax.records import Answer, Prompt
 from persyn_jax.routing.strategies import StrategyName
 
 BASE = "base"
+OTHER = "other"
 ALL_ANSWERS = "all_answers.parquet"
 BEFORE = "before.parquet"
 EXAMINATION = "examination.parquet"
@@ -39,6 +44,10 @@ EXAMINATION = "examination.parquet"
 _STAGE = {stage.name: stage for stage in STAGES}
 _SHARED = ("calibrate", "score", "train_router")
 _BY_STRATEGY = ("route", "generate")
+_BY_STUDENT = ("score", "train_router", *_BY_STRATEGY)
+
+Compared = StrategyName | Literal["swapped"]
+"""What has students of its own: a strategy, or PerSyn's routes for the other student."""
 
 
 @config_class
@@ -57,6 +66,9 @@ class StudySection:
     """Expected of the students; the detectable effect depends on it."""
     correlation: Annotated[float, Field(ge=0, lt=1)] = 0.6
     """Expected of two students' scores on the same items."""
+    other_student: ModelConfig | None = None
+    """Whose routes are compared with the student's, and what the student becomes by them; null: no
+    swap test."""
 
 
 @config_class
@@ -105,7 +117,7 @@ def _check_other_model(config: StudyConfig) -> None:
 class Trial(NamedTuple):
     """A student that is finished."""
 
-    strategy: StrategyName
+    strategy: Compared
     seed: int
 
 
@@ -130,8 +142,16 @@ def run_config(config: StudyConfig, name: str, **sections: dict[str, Any]) -> Ru
     return validate(RunConfig, values, where=name)
 
 
-def route_config(config: StudyConfig, strategy: StrategyName) -> RunConfig:
+def compared(config: StudyConfig) -> list[Compared]:
+    """All that is compared, in the order of work."""
+    swapped: list[Compared] = [] if config.study.other_student is None else ["swapped"]
+    return [*config.study.strategies, *swapped]
+
+
+def route_config(config: StudyConfig, strategy: Compared) -> RunConfig:
     """Of the routes and answers of a strategy, which do not depend on the training's seed."""
+    if strategy == "swapped":
+        return run_config(config, OTHER, student=to_values(config.study.other_student))
     name = trial_name(Trial(strategy, config.study.seeds[0]))
     return run_config(config, name, routing={"strategy": strategy})
 
@@ -141,7 +161,7 @@ def trial_config(config: StudyConfig, trial: Trial, examples: int) -> RunConfig:
     return run_config(
         config,
         trial_name(trial),
-        routing={"strategy": trial.strategy},
+        routing={} if trial.strategy == "swapped" else {"strategy": trial.strategy},
         training={"examples": examples, "seed": trial.seed},
     )
 
@@ -159,11 +179,10 @@ def run_study(
 
     Raises ConfigError as `run_stage` does: a unit is finished with another config or other code.
     """
-    strategies = config.study.strategies
     if not may_go_on():
         return Standing(None, [])
     _share(config, overwrite)
-    for strategy in strategies:
+    for strategy in compared(config):
         if not may_go_on():
             return Standing(None, [])
         _ask(config, strategy, overwrite)
@@ -180,14 +199,14 @@ def run_study(
 def all_trials(config: StudyConfig) -> Iterator[Trial]:
     """Every student of the study, in the order of work."""
     for seed in config.study.seeds:
-        for strategy in config.study.strategies:
+        for strategy in compared(config):
             yield Trial(strategy, seed)
 
 
 def equal_examples(config: StudyConfig) -> int:
     """The smallest number of usable answers that a strategy has."""
     usable = {}
-    for strategy in config.study.strategies:
+    for strategy in compared(config):
         answers = store.read_records(route_config(config, strategy).run_folder / ANSWERS, Answer)
         usable[strategy] = sum(answer.usable for answer in answers)
     least = min(usable, key=lambda strategy: usable[strategy])
@@ -207,8 +226,15 @@ def _share(config: StudyConfig, overwrite: bool) -> None:
     _forget_programs()
 
 
-def _ask(config: StudyConfig, strategy: StrategyName, overwrite: bool) -> None:
+def _ask(config: StudyConfig, strategy: Compared, overwrite: bool) -> None:
     own = route_config(config, strategy)
+    if strategy == "swapped":
+        with open_run(own, overwrite) as run:
+            _adopt(config, BASE, own, ("calibrate",))
+            for name in _BY_STUDENT:
+                run_stage(_STAGE[name], run)
+        _forget_programs()
+        return
     with open_run(own, overwrite) as run:
         _adopt(config, BASE, own, _SHARED)
         states = config.folder / BASE / STATES

@@ -11,24 +11,32 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from persyn_jax import store
-from persyn_jax.intervals import Interval, crossed_ci95, detectable_difference, paired_deviation
-from persyn_jax.pipeline.stages import ANSWERS, CALIBRATION_ANSWERS
+from persyn_jax.intervals import (
+    Interval,
+    crossed_ci95,
+    detectable_difference,
+    mean_ci95,
+    paired_deviation,
+)
+from persyn_jax.pipeline.examine import Examination
+from persyn_jax.pipeline.stages import ANSWERS, CALIBRATION_ANSWERS, ROUTES
 from persyn_jax.pipeline.study import (
     ALL_ANSWERS,
     BASE,
     BEFORE,
     EXAMINATION,
+    Compared,
     Standing,
     StudyConfig,
     Trial,
     all_trials,
+    compared,
     route_config,
     trial_name,
 )
-from persyn_jax.records import Answer
-from persyn_jax.routing.strategies import StrategyName
+from persyn_jax.records import Answer, Route
 
-PERSYN: StrategyName = "router"
+PERSYN: Compared = "router"
 
 
 class Measured(NamedTuple):
@@ -73,10 +81,13 @@ def study_results(config: StudyConfig, standing: Standing) -> dict[str, Any]:
     detectable       difference of scores that is found with 80 % power, by the median spread
                      of the differences to PerSyn; null while there are none
     verdict          score, log_likelihood: a sentence each
+    swap             null without another student, or its `other_student` (weights), and
+                     `agreement`, `ci95` and `by_chance` as in `agreement`, of PerSyn's routes for
+                     the two students; the strategy `swapped` is the student on the other's routes
     """
     measured = {
         strategy: _measured(config, [t for t in standing.trials if t.strategy == strategy])
-        for strategy in config.study.strategies
+        for strategy in compared(config)
         if any(trial.strategy == strategy for trial in standing.trials)
     }
     rows = [_row(config, standing, strategy, measured) for strategy in measured]
@@ -100,7 +111,29 @@ def study_results(config: StudyConfig, standing: Standing) -> dict[str, Any]:
                 _differences(rows, "log_likelihood_difference"),
             ),
         },
+        "swap": _swap(config),
     }
+
+
+def _swap(config: StudyConfig) -> dict[str, Any] | None:
+    if config.study.other_student is None:
+        return None
+    own, other = (
+        [route.teacher for route in store.read_records(folder / ROUTES, Route)]
+        for folder in (route_config(config, name).run_folder for name in (PERSYN, "swapped"))
+    )
+    return {"other_student": config.study.other_student.weights, **agreement(own, other)}
+
+
+def agreement(own_N: Sequence[str], other_N: Sequence[str]) -> dict[str, Any]:
+    """Of two lists of teachers for the same prompts: `agreement`, the share of prompts with the
+    same teacher, with its `ci95`; and `by_chance`, that of routes with the same shares of teachers
+    that have nothing to do with the prompts."""
+    own, other = np.asarray(own_N), np.asarray(other_N)
+    share = mean_ci95(own == other)
+    teachers = np.unique(np.concatenate([own, other]))
+    by_chance = sum(float((own == t).mean() * (other == t).mean()) for t in teachers)
+    return {"agreement": share.mean, "ci95": [share.low, share.high], "by_chance": by_chance}
 
 
 def _measured(config: StudyConfig, trials: Sequence[Trial]) -> Measured:
@@ -112,7 +145,6 @@ def _measured(config: StudyConfig, trials: Sequence[Trial]) -> Measured:
 
 
 def _examinations(config: StudyConfig, name: str, file: str) -> list:
-    from persyn_jax.pipeline.examine import Examination
 
     return store.read_records(config.folder / name / file, Examination)
 
@@ -120,8 +152,8 @@ def _examinations(config: StudyConfig, name: str, file: str) -> list:
 def _row(
     config: StudyConfig,
     standing: Standing,
-    strategy: StrategyName,
-    measured: dict[StrategyName, Measured],
+    strategy: Compared,
+    measured: dict[Compared, Measured],
 ) -> dict[str, Any]:
     seeds = [trial.seed for trial in standing.trials if trial.strategy == strategy]
     folder = route_config(config, strategy).run_folder
@@ -150,7 +182,7 @@ def _row(
 
 
 def answer_cost(
-    config: StudyConfig, strategy: StrategyName, chosen: Sequence[Answer]
+    config: StudyConfig, strategy: Compared, chosen: Sequence[Answer]
 ) -> dict[str, int]:
     """Answers, and their tokens, that the strategy needs: the chosen ones, those of all teachers on
     the calibration prompts unless it learns nothing from them, and all there are for the oracle."""
@@ -165,7 +197,7 @@ def answer_cost(
     return {"answers_generated": len(tokens), "tokens": sum(tokens.values())}
 
 
-def _detectable(measured: dict[StrategyName, Measured]) -> float | None:
+def _detectable(measured: dict[Compared, Measured]) -> float | None:
     persyn = measured.get(PERSYN)
     others = [m for strategy, m in measured.items() if strategy != PERSYN]
     if persyn is None or not others:
@@ -232,12 +264,25 @@ def markdown_lines(results: dict[str, Any]) -> list[str]:
         f"{untrained['mean_log_likelihood']:.4f} | | | | |",
         "",
         *results["verdict"].values(),
+        *_swap_lines(results["swap"]),
         "",
         "log-likelihood: of the reference answers under the student, nats a token. answers, tokens:"
         " all that the strategy needs, by itself. left out: usable answers that were not drawn, so "
         "that all students train on equally many.",
     ]
     return lines
+
+
+def _swap_lines(swap: dict[str, Any] | None) -> list[str]:
+    if swap is None:
+        return []
+    low, high = swap["ci95"]
+    return [
+        "",
+        f"swapped: the student on PerSyn's routes for {swap['other_student']}, which agree with its"
+        f" own on {swap['agreement']:.1%} [{low:.1%}, {high:.1%}] of the prompts; "
+        f"{swap['by_chance']:.1%} by chance.",
+    ]
 
 
 def _interval(values: dict[str, Any] | None) -> str:

@@ -97,6 +97,14 @@ class Task(NamedTuple):
     """What the loss takes besides, NumPy."""
 
 
+class Programs(NamedTuple):
+    """What gossiping workers run; compiled at their first use."""
+
+    schedule: gossip.Schedule
+    start: jax.stages.Wrapped
+    step: jax.stages.Wrapped
+
+
 def train_router(
     prompts: Sequence[Prompt],
     rewards: Sequence[Reward],
@@ -118,12 +126,30 @@ def train_router(
     preference pairs.
     """
     lessons = make_lessons(prompts, rewards, teachers, config)
+    seen_ND, preferences = state_ND[lessons.seen_N], lessons.preferences
+    head = fit_head(seen_ND, preferences, len(teachers), config, mesh, on_metrics)
+    return head, judge(head, state_ND, lessons, teachers, config.neighbours)
+
+
+def fit_head(
+    state_ND: np.ndarray,
+    preferences: Preferences,
+    teachers: int,
+    config: RouterTraining,
+    mesh: Mesh,
+    on_metrics: Callable[[dict[str, Any]], None],
+    programs: Programs | None = None,
+) -> Params:
+    """A head for raw pooled states, trained on the preferences of those in `state_ND`; there must
+    be a pair for every worker.
+
+    programs: of `make_head_programs` with the same config and mesh, to compile for many heads once.
+    """
     # One scale for all dimensions: with one each, the many that hold only noise would weigh as much
     # as the few that tell prompts apart.
-    standard = standardisation(state_ND[lessons.seen_N])
-    task = _head_task(lessons, state_ND, standard, len(teachers), config)
-    head = fold_standardisation(fit(task, config, mesh, on_metrics), *standard)
-    return head, judge(head, state_ND, lessons, teachers, config.neighbours)
+    standard = standardisation(state_ND)
+    task = _head_task(preferences, state_ND, standard, teachers, config)
+    return fold_standardisation(fit(task, config, mesh, on_metrics, programs), *standard)
 
 
 def make_lessons(
@@ -207,15 +233,14 @@ def standardisation(state_ND: np.ndarray) -> Standardisation:
 
 
 def _head_task(
-    lessons: Lessons,
+    preferences: Preferences,
     state_ND: np.ndarray,
     standard: Standardisation,
     teachers: int,
     config: RouterTraining,
 ) -> Task:
     """The head, on standardised states."""
-    preferences = lessons.preferences
-    input_ND = (state_ND[lessons.seen_N] - standard.mean_D) / standard.scale
+    input_ND = (state_ND - standard.mean_D) / standard.scale
     pairs = len(preferences.winner_P)
     dealt = numpy_stream(config.seed, "deal pairs").permutation(pairs)
     shares = np.array_split(dealt, config.gossip.workers)
@@ -239,24 +264,47 @@ def _head_task(
     return Task(bradley_terry_loss, head, optimiser, batch_at)
 
 
-def fit(
-    task: Task, config: RouterTraining, mesh: Mesh, on_metrics: Callable[[dict[str, Any]], None]
-) -> Params:
-    """What gossiping workers have learned: the uniform mean of their parameters."""
+def make_programs(
+    loss: LossFunction,
+    optimiser: optax.GradientTransformation,
+    config: RouterTraining,
+    mesh: Mesh,
+    frozen: int = 0,
+) -> Programs:
+    """Of a `Task`; frozen: how many there are of those."""
     schedule = gossip.gosgd_schedule(
         config.gossip.workers, config.steps, config.gossip.exchange_probability, config.seed
     )
     mixing = gossip.gosgd(gossip.Exchange(schedule.bank, meshes.WORKER))
+    train_step = make_train_step(loss, optimiser, mixing)
+    return Programs(
+        schedule,
+        start=on_mesh(lambda own: init_state(own, optimiser, mixing), mesh, (0,), donate=True),
+        step=on_mesh(train_step, mesh, (0, 0, None, *[None] * frozen), donate=True),
+    )
+
+
+def make_head_programs(config: RouterTraining, mesh: Mesh) -> Programs:
+    """For any number of calls of `fit_head`."""
+    optimiser = make_optimiser(config.optimiser, config.steps)
+    return make_programs(bradley_terry_loss, optimiser, config, mesh)
+
+
+def fit(
+    task: Task,
+    config: RouterTraining,
+    mesh: Mesh,
+    on_metrics: Callable[[dict[str, Any]], None],
+    programs: Programs | None = None,
+) -> Params:
+    """What gossiping workers have learned: the uniform mean of their parameters.
+
+    programs: of another task that differs in its numbers only; None: made now.
+    """
+    if programs is None:
+        programs = make_programs(task.loss, task.optimiser, config, mesh, len(task.frozen))
+    schedule, start, compiled = programs
     frozen = jax.device_put(task.frozen, meshes.replicated(mesh))
-    compiled = on_mesh(
-        make_train_step(task.loss, task.optimiser, mixing),
-        mesh,
-        (0, 0, None, *(None for _ in frozen)),
-        donate=True,
-    )
-    start = on_mesh(
-        lambda params: init_state(params, task.optimiser, mixing), mesh, (0,), donate=True
-    )
     state = start(stack_on_mesh(task.params, mesh))
 
     def step(*arguments: Any) -> tuple[TrainState, StepMetrics]:
@@ -268,8 +316,8 @@ def fit(
     for taken in run_steps(step, state, batch_at, schedule, range(config.steps), mesh):
         if taken.number % _STEPS_BETWEEN_METRICS == 0 or taken.number == config.steps - 1:
             on_metrics({"step": taken.number, "loss": taken.metrics.loss.tolist()})
-    programs = compiled_programs(compiled)
-    assert programs <= task.batch_shapes, f"{task.batch_shapes} batch shapes, {programs} programs"
+    count = compiled_programs(compiled)
+    assert count <= task.batch_shapes, f"{task.batch_shapes} batch shapes, {count} programs"
     return uniform_mean(taken.state.params, mesh)
 
 

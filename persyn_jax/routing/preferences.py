@@ -66,6 +66,21 @@ def make_preferences(total_NM: np.ndarray) -> Preferences:
     return Preferences(*(index_P.astype(np.int32) for index_P in np.nonzero(wins_NMM)))
 
 
+def make_preferences_with_ties(total_NM: np.ndarray) -> Preferences:
+    """A tie as half a win and half a loss (`bt-tie` of Prompt-to-Leaderboard, arXiv 2502.14855):
+    every pair of `make_preferences` twice, every tie once in each order.
+
+    So the mean loss over these pairs is that over comparisons in which a tie of i and j counts
+    (loss of i over j + loss of j over i) / 2. A total that is not known (NaN) makes none.
+    """
+    wins_NMM = total_NM[:, :, None] > total_NM[:, None, :]
+    ties_NMM = total_NM[:, :, None] == total_NM[:, None, :]
+    ties_NMM &= ~np.eye(total_NM.shape[1], dtype=bool)
+    rows_P3 = np.argwhere(wins_NMM | ties_NMM)
+    twice_P = np.where(wins_NMM[tuple(rows_P3.T)], 2, 1)
+    return Preferences(*np.repeat(rows_P3, twice_P, axis=0).T.astype(np.int32))
+
+
 def pair_accuracy(preferences: Preferences, coefficient_NM: np.ndarray) -> float:
     """Share of pairs whose winner has the higher coefficient on their prompt; NaN without pairs."""
     winner_P = coefficient_NM[preferences.prompt_index_P, preferences.winner_P]

@@ -5,7 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy.special import expit
+from scipy.stats import rankdata
 
+from persyn_jax.intervals import RESAMPLES
 from persyn_jax.routing.preferences import Preferences, make_preferences
 from persyn_jax.routing.rewards import combine
 from persyn_jax.routing.strategies import Calibration, route_by_oracle, route_by_router
@@ -105,10 +107,182 @@ def learning_curve(
     return points
 
 
+class BilinearHead(NamedTuple):
+    """The coefficient of a teacher as a bilinear form of the prompt's features and the teacher's
+    reward vector; see `fit_bilinear_head`."""
+
+    anchor_KD: np.ndarray
+    """float64: features of the anchor prompts, minus their mean."""
+    mean_D: np.ndarray
+    inverse_KK: np.ndarray
+    """(K + lambda I)^-1."""
+    scale: float
+    """Coefficients a unit of reward."""
+
+    def coefficients(self, feature_ND: np.ndarray, reward_KB: np.ndarray) -> np.ndarray:
+        """float64[N, B] of teachers with these reward vectors."""
+        mean_B = reward_KB.mean(axis=0)
+        weight_DB = self.anchor_KD.T @ (self.inverse_KK @ (reward_KB - mean_B))
+        return self.scale * (mean_B + (feature_ND - self.mean_D) @ weight_DB)
+
+
+_PENALTIES = 10.0 ** np.arange(-3, 3.5, 0.5)  # times the mean eigenvalue of K
+
+
+def fit_bilinear_head(
+    anchor_KD: np.ndarray, reward_KB: np.ndarray, feature_ND: np.ndarray, coefficient_NB: np.ndarray
+) -> BilinearHead:
+    """What turns a teacher's rewards on K anchor prompts into its coefficient on any prompt,
+    learned from B teachers that a router knows.
+
+    A teacher's embedding is its reward vector e [K] on the anchors (as in UniRoute, arXiv
+    2502.08773, whose embedding is the error on validation prompts), each reward minus the known
+    teachers' mean on the same prompt. With A [K, D] the anchors' features minus their mean a:
+
+        c(x, e) = s * (mean(e) + (x - a)^T W (e - mean(e))),   W = A^T (A A^T + lambda I)^-1
+
+    which is linear in x and in e: the ridge regression of the rewards on the anchors' features.
+    s, at least 0, and lambda make it nearest (least squares) to the coefficients that the router
+    gives its known teachers, minus their mean, on the prompts of `feature_ND`. So a teacher that
+    joins costs K answers and no training; at least 2 anchors.
+
+    reward_KB, coefficient_NB: of the known teachers, not yet minus their means.
+    """
+    anchor_KD, feature_ND = anchor_KD.astype(np.float64), feature_ND.astype(np.float64)
+    mean_D = anchor_KD.mean(axis=0)
+    anchor_KD = anchor_KD - mean_D
+    reward_KB = _relative(reward_KB, reward_KB)
+    target_NB = _relative(coefficient_NB, coefficient_NB)
+    eigenvalue_K, vector_KK = np.linalg.eigh(anchor_KD @ anchor_KD.T)
+    unit = eigenvalue_K.mean() or 1.0
+    best, least = None, np.inf
+    for penalty in _PENALTIES:
+        inverse_KK = (vector_KK / (eigenvalue_K.clip(0) + penalty * unit)) @ vector_KK.T
+        head = BilinearHead(anchor_KD, mean_D, inverse_KK, 1.0)
+        guess_NB = head.coefficients(feature_ND, reward_KB)
+        size = float((guess_NB**2).sum())
+        scale = max(float((guess_NB * target_NB).sum()) / size, 0.0) if size else 0.0
+        error = float(((scale * guess_NB - target_NB) ** 2).sum())
+        if error < least:
+            best, least = head._replace(scale=scale), error
+    assert best is not None, "one penalty is the best"
+    return best
+
+
+def _relative(value_XB: np.ndarray, known_XB: np.ndarray) -> np.ndarray:
+    """Minus the mean of the known teachers on the same prompt: only differences mean something."""
+    return value_XB - known_XB.mean(axis=1, keepdims=True)
+
+
+class AddedTeacher(NamedTuple):
+    """A teacher that joins a router trained on the others, by its answers to some anchor prompts.
+
+    Regret is the mean of the oracle's total, with the new teacher among those asked, minus that of
+    the routes, on held-out prompts.
+    """
+
+    teacher: int
+    anchors: int
+    """Prompts that the new teacher has answered."""
+    without: float
+    """Regret of the router that never asks it."""
+    bilinear: float
+    """Regret where its coefficient is that of `fit_bilinear_head`, and the others' are as before.
+    """
+    retrained: float
+    """Regret of a router trained anew on all that the others answered and these anchors."""
+
+
+def add_teachers(
+    fit: Fit, seen: Calibration, held_out: Calibration, anchors: Sequence[int], seed: int = 0
+) -> list[AddedTeacher]:
+    """Each teacher in turn is left out, then added by each number of anchors, drawn with `seed`
+    from the seen prompts; smaller sets lie in the larger ones.
+
+    What full retraining on everything reaches does not depend on the teacher: `learning_curve` at
+    all seen prompts. The rewards are as they are, even where they were standardised with the
+    teacher that is left out among the others.
+    """
+    order_N = numpy_stream(seed, "anchor prompts").permutation(len(seen.total_NM))
+    found = []
+    for teacher in range(seen.total_NM.shape[1]):
+        known = np.arange(seen.total_NM.shape[1]) != teacher
+        total_NM = np.where(known, seen.total_NM, np.nan)  # an unknown total makes no pair
+        predict = fit(seen.feature_ND, make_preferences(total_NM))
+        base_NM = predict(held_out.feature_ND).astype(np.float64)
+        without_N = np.where(known, base_NM, -np.inf).argmax(axis=1)
+        known_NB = predict(seen.feature_ND)[:, known]
+        for count in anchors:
+            chosen = np.sort(order_N[:count])
+            total_KM = seen.total_NM[chosen]
+            head = fit_bilinear_head(
+                seen.feature_ND[chosen], total_KM[:, known], seen.feature_ND, known_NB
+            )
+            joined_NM = _relative(base_NM, base_NM[:, known])
+            reward_K1 = _relative(total_KM[:, [teacher]], total_KM[:, known])
+            joined_NM[:, [teacher]] = head.coefficients(held_out.feature_ND, reward_K1)
+
+            joined_total_NM = total_NM.copy()
+            joined_total_NM[chosen, teacher] = total_KM[:, teacher]
+            anew = fit(seen.feature_ND, make_preferences(joined_total_NM))(held_out.feature_ND)
+            found.append(
+                AddedTeacher(
+                    teacher=teacher,
+                    anchors=count,
+                    without=mean_regret(held_out.total_NM, without_N),
+                    bilinear=mean_regret(held_out.total_NM, route_by_router(joined_NM)),
+                    retrained=mean_regret(held_out.total_NM, route_by_router(anew)),
+                )
+            )
+    return found
+
+
 def mean_regret(total_NM: np.ndarray, teacher_N: np.ndarray) -> float:
     """Mean of the oracle's total minus that of the given routes; 0 is the best there is."""
-    chosen_N = total_NM[np.arange(len(total_NM)), teacher_N]
-    return float((total_NM.max(axis=1) - chosen_N).mean())
+    return float(regrets(total_NM, teacher_N).mean())
+
+
+def regrets(total_NM: np.ndarray, teacher_N: np.ndarray) -> np.ndarray:
+    """The oracle's total minus that of the given route, on each prompt: float64[N]."""
+    return total_NM.max(axis=1) - total_NM[np.arange(len(total_NM)), teacher_N]
+
+
+class Correlation(NamedTuple):
+    """Spearman's rank correlation with its 95 % interval; NaN where one side is constant or there
+    are too few values."""
+
+    spearman: float
+    low: float
+    high: float
+
+
+def rank_correlation_ci95(one_U: np.ndarray, other_U: np.ndarray) -> Correlation:
+    """Of U values of each, with the percentile bootstrap over the pairs.
+
+    Draws in which one side is constant have no correlation and are left out. Below 4 pairs there is
+    no interval: low and high are NaN. Their stream is fixed.
+    """
+    spearman = float(_spearman(one_U[None], other_U[None])[0])
+    units = len(one_U)
+    if units < 4:
+        return Correlation(spearman, np.nan, np.nan)
+    rng = numpy_stream(0, "rank correlation bootstrap")
+    drawn_RU = rng.integers(units, size=(RESAMPLES, units))
+    found_R = _spearman(one_U[drawn_RU], other_U[drawn_RU])
+    found_R = found_R[~np.isnan(found_R)]
+    low, high = np.percentile(found_R, [2.5, 97.5]) if found_R.size else (np.nan, np.nan)
+    return Correlation(spearman, float(low), float(high))
+
+
+def _spearman(one_RU: np.ndarray, other_RU: np.ndarray) -> np.ndarray:
+    """float64[R]: Pearson's correlation of the ranks, equal values sharing the middle of theirs."""
+    one_RU, other_RU = (
+        rank_RU - rank_RU.mean(axis=1, keepdims=True)
+        for rank_RU in (rankdata(values_RU, axis=1) for values_RU in (one_RU, other_RU))
+    )
+    size_R = np.sqrt((one_RU**2).sum(axis=1) * (other_RU**2).sum(axis=1))
+    none_R = np.full(len(size_R), np.nan)
+    return np.divide((one_RU * other_RU).sum(axis=1), size_R, out=none_R, where=size_R > 0)
 
 
 def gain_by_alpha(

@@ -216,7 +216,7 @@ def test_another_strategy_reads_no_prompt_again(script, tmp_path, monkeypatch):
         raise AssertionError("loaded a model")
 
     monkeypatch.setattr("persyn_jax.models.weights.load", never)
-    monkeypatch.setattr("persyn_jax.pipeline.states.load", never)
+    monkeypatch.setattr("persyn_jax.pipeline.states.load_backbone", never)
     before = store.read_records(tmp_path / "runs" / "smoke" / "routes.parquet", Route)
     for strategy in ("knn", "car", "router"):
         ended = script(f"routing.strategy={strategy}")

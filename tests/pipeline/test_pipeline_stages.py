@@ -149,13 +149,23 @@ def test_other_work_does_not_find_those_checkpoints(tmp_path):
 
 
 def test_config_keys_are_named_as_an_override_names_them(tmp_path):
-    """Taken as overrides of the file they came from, the keys and values give the same config."""
+    """Taken as overrides of a file with the same keys and no values, they give the same config."""
     stage = make_stage(Copying(), section=configs.to_values)
     config = make_config(tmp_path)
     overrides = [f"{key}={value}" for key, value in run(stage, config).config.items()]
     assert 'teachers.0.sampling.stop.1="e"' in overrides
     assert "sources.adding.counts.eval=4" in overrides
-    assert configs.load(RunConfig, SMOKE, overrides) == config
+    (tmp_path / "blank.yaml").write_text(json.dumps(blank(configs.to_values(config))))
+    assert configs.load(RunConfig, tmp_path / "blank.yaml", overrides) == config
+
+
+def blank(values):
+    """The same keys and indices, with null at every end."""
+    if isinstance(values, dict) and values:
+        return {key: blank(value) for key, value in values.items()}
+    if isinstance(values, list) and values:
+        return [blank(value) for value in values]
+    return None
 
 
 def test_every_stage_reads_only_what_an_earlier_one_wrote():

@@ -17,8 +17,16 @@ from persyn_jax import store
 from persyn_jax.config import ConfigError
 from persyn_jax.intervals import Interval
 from persyn_jax.pipeline.examine import Examination
-from persyn_jax.pipeline.study import StudyConfig, run_study
+from persyn_jax.pipeline.study import (
+    StudyConfig,
+    Trial,
+    all_trials,
+    route_config,
+    run_study,
+    trial_config,
+)
 from persyn_jax.pipeline.study_table import (
+    agreement,
     answer_cost,
     markdown_lines,
     power_lines,
@@ -39,7 +47,8 @@ TINY = (
     "service=null",
     "student={weights: 'random:tiny'}",
     "routing.family=[]",
-    "study={strategies: [router, oracle], seeds: [1, 2]}",
+    # Itself: what is routed for the other student must then be what is routed for this one.
+    "study={strategies: [router, oracle], seeds: [1, 2], other_student: {weights: 'random:tiny'}}",
     "router={steps: 4, pairs: 4}",
     "gossip.workers=1",
     "training={rows: 4, row_tokens: 192, row_response_tokens: 64, held_out: 2, measure_every: 9}",
@@ -144,7 +153,7 @@ def studied(tmp_path_factory, compiled_once):
         with pytest.MonkeyPatch.context() as patch:
             # Programs of a few tiny students fit into memory, and compiling them takes most time.
             patch.setattr("persyn_jax.pipeline.study._forget_programs", lambda: None)
-            stopped = run_study(config, may_go_on=lambda: next(asked_again) < 4)
+            stopped = run_study(config, may_go_on=lambda: next(asked_again) < 5)
             at_stop = sorted(path.name for path in config.folder.iterdir())
             standing = run_study(config)
         server.shutdown()
@@ -155,9 +164,9 @@ def studied(tmp_path_factory, compiled_once):
 def test_a_sitting_ends_after_its_unit_and_the_next_one_goes_on(studied):
     config, stopped, at_stop, standing = studied
     assert [(t.strategy, t.seed) for t in stopped.trials] == [("router", 1)]
-    assert at_stop == ["base", "oracle-1", "router-1"]
+    assert at_stop == ["base", "oracle-1", "other", "router-1"]
     assert [(t.strategy, t.seed) for t in standing.trials] == [
-        (strategy, seed) for seed in (1, 2) for strategy in ("router", "oracle")
+        (strategy, seed) for seed in (1, 2) for strategy in ("router", "oracle", "swapped")
     ]
     assert study_results(config, stopped)["verdict"]["score"].startswith("Undecided")
 
@@ -200,7 +209,21 @@ def test_the_table_counts_answers_and_pairs_items(studied):
     assert found["ci95"][0] <= found["mean"] <= found["ci95"][1]
     text = "\n".join(markdown_lines(json.loads(json.dumps(results, allow_nan=False))))
     assert "| oracle | 2 |" in text
-    assert "4 of 4 students finished" in text
+    assert "6 of 6 students finished" in text
+
+
+@pytest.mark.slow
+def test_a_student_swapped_with_itself_is_the_same_student(studied):
+    config, _, _, standing = studied
+    results = study_results(config, standing)
+    assert results["swap"]["agreement"] == 1
+    assert results["swap"]["by_chance"] < 1
+    rows = {row["strategy"]: row for row in results["strategies"]}
+    assert rows["swapped"]["log_likelihood_difference"] == {"mean": 0, "ci95": [0, 0]}
+    assert rows["swapped"]["answers_generated"] == rows["router"]["answers_generated"]
+    for name in ("routes.parquet", "rewards.parquet"):
+        one, other = (config.folder / folder / name for folder in ("router-1", "other"))
+        assert one.read_bytes() == other.read_bytes()
 
 
 @pytest.mark.slow
@@ -211,13 +234,33 @@ def test_a_finished_study_does_nothing_and_another_config_is_refused(studied, mo
         raise AssertionError("loaded a model again")
 
     monkeypatch.setattr("persyn_jax.models.weights.load", never)
-    monkeypatch.setattr("persyn_jax.pipeline.states.load", never)
+    monkeypatch.setattr("persyn_jax.pipeline.states.load_backbone", never)
     assert run_study(config) == standing
     values = configs.to_values(config)
     values["training"]["epochs"] = 2
     changed = configs.validate(StudyConfig, values, where="changed")
     with pytest.raises(ConfigError, match=r"stage trial is finished, but config training\.epochs"):
         run_study(changed)
+
+
+def test_the_other_student_has_routes_of_its_own_and_is_not_the_one_that_is_trained():
+    config = load(*OTHER, "study.other_student={weights: 'random:tiny'}")
+    assert [trial.strategy for trial in all_trials(config)][11::12] == ["swapped"] * 3
+    other = route_config(config, "swapped")
+    assert other.student == other.router_backbone == config.study.other_student
+    assert other.routing.strategy == "router"
+    trained = trial_config(config, Trial("swapped", 2), examples=50)
+    assert trained.student == config.student
+    assert trained.run_folder not in (other.run_folder, route_config(config, "router").run_folder)
+    assert "swapped" not in [trial.strategy for trial in all_trials(load(*OTHER))]
+
+
+def test_agreement_by_hand():
+    found = agreement(["a", "a", "b", "b"], ["a", "b", "b", "b"])
+    assert found["agreement"] == 0.75
+    assert found["ci95"][0] < 0.75 < found["ci95"][1]
+    assert found["by_chance"] == pytest.approx(0.5 * 0.25 + 0.5 * 0.75)
+    assert agreement(["a"] * 5, ["a"] * 5) == {"agreement": 1, "ci95": [1, 1], "by_chance": 1}
 
 
 def between(low, high):

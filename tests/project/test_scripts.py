@@ -40,6 +40,8 @@ DOCUMENTED = {
     "client_speed.py",
     "study.py",
     "routing_scale.py",
+    "router_study.py",
+    "gain_audit.py",
 }
 # Those that ask an endpoint, or make files for a run, take no config; each with arguments whose
 # input is missing.

@@ -17,9 +17,12 @@ from persyn_jax.routing.planted import PlantedConfig, as_calibration, planted
 from persyn_jax.routing.preferences import make_preferences
 from persyn_jax.routing.rewards import combine
 from persyn_jax.routing.router_study import (
+    add_teachers,
+    fit_bilinear_head,
     gain_by_alpha,
     learning_curve,
     mean_regret,
+    rank_correlation_ci95,
     reliability,
 )
 from persyn_jax.routing.selection import select
@@ -135,6 +138,87 @@ def test_regret_falls_with_pairs_and_flattens():
     assert (np.diff(hits) > 0).all()
     assert regret[0] - regret[1] > regret[1] - regret[2] > regret[2] - regret[3]
     assert (mean[:, 3] > mean[:, 2]).all()
+
+
+# A teacher that is added by its answers to a few prompts
+
+
+def test_an_added_teacher_comes_near_to_full_retraining():
+    sizes, teachers = [4, 12, 100], 3
+    world, other = (
+        as_calibration(planted(PlantedConfig(teachers=teachers), count, 0, draw))
+        for count, draw in ((100, 0), (1000, 1))
+    )
+    own_fit = functools.partial(fit_head, teachers)
+    found = np.array(add_teachers(own_fit, world, other, sizes)).reshape(teachers, len(sizes), 5)
+    assert found[:, :, 0].tolist() == [[m] * len(sizes) for m in range(teachers)]
+    assert (found[:, :, 1] == sizes).all()
+    without, bilinear, retrained = found.mean(axis=0)[:, 2:].T
+    limit = learning_curve(own_fit, world, other, [100])[0].regret
+    # More anchors: ever nearer to the router that knows all of the new teacher's answers.
+    assert (np.diff(bilinear) < 0).all()
+    assert bilinear[1] < without[1]  # of 4 anchors in 8 dimensions it may be worse than nothing
+    assert abs(bilinear[-1] - limit) < 0.1 * (without[0] - limit)
+    # Trained on the same answers, it is the same router.
+    np.testing.assert_allclose(retrained[-1], limit, atol=1e-3)
+
+
+def linear_teachers(prompts, teachers=4, dimensions=3):
+    """(features, rewards) without noise."""
+    rng = np.random.default_rng(0)
+    feature_ND = rng.normal(size=(prompts, dimensions))
+    return feature_ND, feature_ND @ rng.normal(size=(dimensions, teachers)) + rng.normal(
+        size=teachers
+    )
+
+
+def test_a_bilinear_head_finds_what_is_linear():
+    """A router whose coefficients are three times the rewards, and a teacher that it never saw."""
+    feature_ND, reward_NM = linear_teachers(60)
+    shift_N1 = np.random.default_rng(1).normal(size=(60, 1))  # means nothing
+    head = fit_bilinear_head(
+        feature_ND[:20], reward_NM[:20, :3], feature_ND, 3 * reward_NM[:, :3] + shift_N1
+    )
+    relative_NM = reward_NM - reward_NM[:, :3].mean(axis=1, keepdims=True)
+    found_NM = head.coefficients(feature_ND, relative_NM[:20])
+    np.testing.assert_allclose(found_NM, 3 * relative_NM, atol=0.02 * np.ptp(relative_NM) * 3)
+
+
+def test_a_bilinear_head_is_linear_in_the_rewards_and_in_the_prompt():
+    feature_ND, reward_NM = linear_teachers(40)
+    head = fit_bilinear_head(feature_ND[:6], reward_NM[:6, :3], feature_ND, reward_NM[:, :3])
+    one, other = (head.coefficients(feature_ND, reward_NM[:6, [m]]) for m in (0, 3))
+    both = head.coefficients(feature_ND, 2 * reward_NM[:6, [0]] - reward_NM[:6, [3]])
+    np.testing.assert_allclose(both, 2 * one - other, atol=1e-9)
+    between = head.coefficients(feature_ND[::2] / 3 + feature_ND[1::2] * 2 / 3, reward_NM[:6, [3]])
+    np.testing.assert_allclose(between, other[::2] / 3 + other[1::2] * 2 / 3, atol=1e-9)
+
+
+def test_a_router_that_knows_nothing_gives_an_added_teacher_no_lead():
+    feature_ND, reward_NM = linear_teachers(40)
+    head = fit_bilinear_head(feature_ND[:6], reward_NM[:6, :3], feature_ND, np.zeros((40, 3)))
+    assert (head.coefficients(feature_ND, reward_NM[:6, [3]]) == 0).all()
+
+
+# Reward against measured gain
+
+
+def test_rank_correlation_is_spearmans_and_its_interval_holds_it():
+    rng = np.random.default_rng(0)
+    one, noise = rng.integers(0, 9, size=30).astype(float), rng.normal(size=30)
+    found = rank_correlation_ci95(one, one + 2 * noise)
+    assert found.spearman == pytest.approx(spearmanr(one, one + 2 * noise).statistic)
+    assert found.low < found.spearman < found.high < 1
+    assert rank_correlation_ci95(one, one**3) == pytest.approx((1, 1, 1))
+    assert found == rank_correlation_ci95(one, one + 2 * noise)
+
+
+def test_rank_correlation_of_too_little_says_so():
+    nothing = rank_correlation_ci95(np.zeros(9), np.arange(9.0))
+    assert np.isnan(nothing).all()
+    few = rank_correlation_ci95(np.arange(3.0), -np.arange(3.0))
+    assert few.spearman == pytest.approx(-1)
+    assert np.isnan([few.low, few.high]).all()
 
 
 # Where there is nothing to find

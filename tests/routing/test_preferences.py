@@ -7,7 +7,11 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from persyn_jax.records import Reward
-from persyn_jax.routing.preferences import make_preferences, reward_matrix
+from persyn_jax.routing.preferences import (
+    make_preferences,
+    make_preferences_with_ties,
+    reward_matrix,
+)
 
 # Few distinct values, so that ties are common.
 totals = arrays(
@@ -36,6 +40,29 @@ def test_without_ties_there_are_n_choose_2_pairs_a_prompt():
 
 def test_ties_make_no_pair():
     assert len(make_preferences(np.zeros((4, 3))).winner_P) == 0
+
+
+@given(totals, st.integers(0, 9))
+def test_a_tie_is_half_a_win_and_half_a_loss(total_NM, seed):
+    """The loss is that of Prompt-to-Leaderboard's bt-tie, comparison by comparison."""
+    coefficient_NM = np.random.default_rng(seed).normal(size=total_NM.shape)
+    losses = []
+    for n, total_M in enumerate(total_NM):
+        for i, j in itertools.combinations(range(len(total_M)), 2):
+            i_over_j, j_over_i = (
+                np.log1p(np.exp(sign * (coefficient_NM[n, i] - coefficient_NM[n, j])))
+                for sign in (-1, 1)
+            )
+            if total_M[i] == total_M[j]:
+                losses.append((i_over_j + j_over_i) / 2)
+            else:
+                losses.append(i_over_j if total_M[i] > total_M[j] else j_over_i)
+    row_P, winner_P, loser_P = pairs = make_preferences_with_ties(total_NM)
+    lead_P = coefficient_NM[row_P, winner_P] - coefficient_NM[row_P, loser_P]
+    assert len(lead_P) == 2 * len(losses)
+    assert all(index.dtype == np.int32 for index in pairs)
+    if losses:
+        assert np.log1p(np.exp(-lead_P)).mean() == pytest.approx(np.mean(losses))
 
 
 def reward(prompt_id, teacher, total=0.0, quality=None):

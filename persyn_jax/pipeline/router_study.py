@@ -1,0 +1,309 @@
+"""The router study: what more calibration prompts, another loss or another teacher would change.
+
+It reads what the stages calibrate and score left in the run folder; nobody is asked. Every router
+is trained as the stage train_router trains one on a frozen backbone, and judged on the same
+held-out prompts.
+
+Heavy imports stay inside the functions.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+from pydantic import Field
+
+from persyn_jax import store
+from persyn_jax.config import ConfigError, config_class
+from persyn_jax.intervals import paired_difference_ci95
+from persyn_jax.pipeline.config import RunConfig
+from persyn_jax.pipeline.progress import progress
+from persyn_jax.pipeline.run import open_finished
+from persyn_jax.pipeline.stages import PROMPTS, REWARDS, STAGES, router_training
+from persyn_jax.records import Prompt, Reward
+from persyn_jax.routing.preferences import (
+    Preferences,
+    make_preferences,
+    make_preferences_with_ties,
+)
+from persyn_jax.routing.router_study import (
+    AddedTeacher,
+    Fit,
+    LearningPoint,
+    Predict,
+    Reliability,
+    add_teachers,
+    learning_curve,
+    mean_regret,
+    regrets,
+    reliability,
+)
+from persyn_jax.routing.strategies import Calibration, best_constant, route_by_router
+from persyn_jax.routing.verdict import hit_at_k
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from persyn_jax.pipeline.train_router import RouterTraining
+
+RESULT = "router_study.json"
+_READS = ("calibrate", "score")
+_FEWEST = 5  # prompts; the next number is always twice as many
+_LOSSES: dict[str, Callable[[np.ndarray], Preferences]] = {
+    "ties_dropped": make_preferences,
+    "ties_half": make_preferences_with_ties,
+}
+
+
+@config_class
+class RouterStudySection:
+    """What is tried."""
+
+    prompts: list[Annotated[int, Field(ge=1)]] = Field(default_factory=list)
+    """Numbers of calibration prompts on the learning curve; none given: 5, 10, 20, ... and all that
+    the router learns from."""
+    draws: Annotated[int, Field(ge=1)] = 3
+    """Sets of so many prompts, whose routers' numbers are averaged."""
+    anchors: list[Annotated[int, Field(ge=2)]] = Field(default_factory=list)
+    """Numbers of prompts that an added teacher has answered; none given: as `prompts`."""
+    bins: Annotated[int, Field(ge=1)] = 10
+    """Of the reliability table."""
+
+
+@config_class
+class RouterStudyConfig(RunConfig):
+    """A run's config, and what is studied of its router."""
+
+    router_study: RouterStudySection = RouterStudySection()
+
+
+def study_run(config: RouterStudyConfig) -> dict[str, Any]:
+    """`study_router` of a run folder in which the stages calibrate and score are finished; the
+    values are written there, too, as router_study.json.
+
+    Raises ConfigError as `study_router`, and when a stage is not finished or is with another
+    config.
+    """
+    from persyn_jax.models.weights import load
+    from persyn_jax.pipeline.tokens import prompt_tokens
+    from persyn_jax.sampling.scoring import pooled_states
+
+    with open_finished(config, [stage for stage in STAGES if stage.name in _READS]) as run:
+        mesh = run.mesh()  # starts the platform
+        prompts = [p for p in run.read(PROMPTS, Prompt) if p.split == "calibration"]
+        backbone = load(config.router_backbone, config.run.seed)
+        state_ND = pooled_states(backbone, prompt_tokens(backbone.tokenizer, prompts), mesh)
+        rewards = run.read(REWARDS, Reward)
+        training, section = router_training(config), config.router_study
+        found = study_router(prompts, rewards, state_ND, training, section, mesh)
+        store.write_json(run.folder / RESULT, found)
+    return found
+
+
+def study_router(
+    prompts: Sequence[Prompt],
+    rewards: Sequence[Reward],
+    state_ND: np.ndarray,
+    training: "RouterTraining",
+    section: RouterStudySection,
+    mesh: "Mesh",
+) -> dict[str, Any]:
+    """The study, as values that JSON takes.
+
+    prompts: the calibration prompts. state_ND: the backbone's pooled state of each, float32.
+
+    The keys are stable; regret is the mean of the oracle's total minus the routes', over held-out
+    prompts:
+
+        seen, held_out     numbers of calibration prompts to learn from and to judge by
+        regret             best_constant, random (expected): to compare the others with
+        learning_curve     a list of {prompts, pairs, hit_at_1, hit_at_3, regret, log_loss}, means
+                           over the draws; the last with all prompts unless the config says others
+        reliability        of the router that has seen all prompts: expected_error, log_loss, and
+                           bins, a list of {confidence, right, pairs} without the empty ones
+        tied_share         share of the seen comparisons of two teachers that are ties
+        losses             ties_dropped (as in a run) and ties_half (half a win, half a loss):
+                           {hit_at_1, hit_at_3, regret, log_loss, expected_error}
+        ties_half_minus_dropped
+                           {mean, ci95: [low, high]} of the regret, paired by prompt
+        added_teachers     retrained_on_all (regret of the router that has seen all answers);
+                           mean, a list of {anchors, without, bilinear, retrained}, regrets as in
+                           `routing.router_study.AddedTeacher`, over the teachers; and teachers,
+                           the same list with {teacher, ...} for each of them
+
+    Raises ConfigError: no held-out prompts or none to learn from, fewer of them than the section
+    names, rewards that lack some teachers. RuntimeError: too few preference pairs.
+    """
+    from persyn_jax.pipeline.train_router import make_lessons
+
+    teachers = list(dict.fromkeys(reward.teacher for reward in rewards))
+    lessons = make_lessons(prompts, rewards, teachers, training)
+    if np.isnan(lessons.total_NM).any():
+        raise ConfigError("the router study needs the rewards of all teachers to every prompt")
+    seen, held_out = (
+        Calibration(lessons.total_NM[part_N], lessons.source_N[part_N].tolist(), state_ND[part_N])
+        for part_N in (lessons.seen_N, lessons.held_out_N)
+    )
+    sizes = _sizes("prompts", section.prompts, len(seen.total_NM))
+    anchors = _sizes("anchors", section.anchors, len(seen.total_NM))
+    routers = section.draws * len(sizes) + len(_LOSSES) + len(teachers) * (1 + len(anchors))
+    with progress("router study: routers", routers) as advance:
+        fit = _make_fit(len(teachers), training, mesh, advance)
+        curves = [learning_curve(fit, seen, held_out, sizes, draw) for draw in range(section.draws)]
+        coefficients = {
+            name: fit(seen.feature_ND, pairs(seen.total_NM))(held_out.feature_ND)
+            for name, pairs in _LOSSES.items()
+        }
+        added = add_teachers(fit, seen, held_out, anchors, training.seed)
+
+    total_NM = held_out.total_NM
+    routes = {name: route_by_router(c_NM) for name, c_NM in coefficients.items()}
+    constant_N = np.full(len(total_NM), best_constant(seen.total_NM))
+    half, dropped = (regrets(total_NM, routes[name]) for name in ("ties_half", "ties_dropped"))
+    difference = paired_difference_ci95(half, dropped)
+    return {
+        "seen": len(seen.total_NM),
+        "held_out": len(total_NM),
+        "regret": {
+            "best_constant": mean_regret(total_NM, constant_N),
+            "random": float((total_NM.max(axis=1) - total_NM.mean(axis=1)).mean()),
+        },
+        "learning_curve": [_mean_point(points) for points in zip(*curves, strict=True)],
+        "reliability": _reliability_values(
+            reliability(coefficients["ties_dropped"], total_NM, section.bins)
+        ),
+        "tied_share": tied_share(seen.total_NM),
+        "losses": {name: _judged(total_NM, c_NM) for name, c_NM in coefficients.items()},
+        "ties_half_minus_dropped": {
+            "mean": difference.mean,
+            "ci95": [difference.low, difference.high],
+        },
+        "added_teachers": {
+            "retrained_on_all": mean_regret(total_NM, routes["ties_dropped"]),
+            "mean": [_mean_added(added, count) for count in anchors],
+            "teachers": [one._asdict() | {"teacher": teachers[one.teacher]} for one in added],
+        },
+    }
+
+
+def _make_fit(
+    teachers: int, training: "RouterTraining", mesh: "Mesh", advance: Callable[[], None]
+) -> Fit:
+    """The run's own training of a head. advance: called after each."""
+    from persyn_jax.models import router
+    from persyn_jax.pipeline.train_router import fit_head, make_head_programs
+
+    programs = make_head_programs(training, mesh)
+
+    def fit(feature_ND: np.ndarray, preferences: Preferences) -> Predict:
+        pairs, workers = len(preferences.winner_P), training.gossip.workers
+        if pairs < workers:
+            raise RuntimeError(
+                f"{len(feature_ND)} calibration prompts give {pairs} preference pairs for {workers}"
+                " workers: study larger numbers of prompts"
+            )
+        head = fit_head(
+            feature_ND, preferences, teachers, training, mesh, lambda row: None, programs
+        )
+        advance()
+        return lambda other_ND: np.asarray(router.coefficients(head, other_ND))
+
+    return fit
+
+
+def _sizes(key: str, given: Sequence[int], most: int) -> list[int]:
+    """`given`, or 5, 10, 20, ... and `most`."""
+    if given:
+        if max(given) > most:
+            raise ConfigError(
+                f"router_study.{key} {max(given)}: the router learns from {most} calibration "
+                "prompts, the others judge it"
+            )
+        return sorted(set(given))
+    doubled = [_FEWEST << n for n in range(most.bit_length()) if _FEWEST << n < most]
+    return [*doubled, most]
+
+
+def tied_share(total_NM: np.ndarray) -> float:
+    """Share of the comparisons of two teachers on one prompt in which their totals are equal."""
+    ties_NMM = total_NM[:, :, None] == total_NM[:, None, :]
+    prompts, teachers = total_NM.shape
+    return float((ties_NMM.sum() - prompts * teachers) / (prompts * teachers * (teachers - 1)))
+
+
+def _judged(total_NM: np.ndarray, coefficient_NM: np.ndarray) -> dict[str, float]:
+    found = reliability(coefficient_NM, total_NM)
+    return {
+        "hit_at_1": hit_at_k(total_NM, coefficient_NM, 1),
+        "hit_at_3": hit_at_k(total_NM, coefficient_NM, 3),
+        "regret": mean_regret(total_NM, route_by_router(coefficient_NM)),
+        "log_loss": found.log_loss,
+        "expected_error": found.expected_error,
+    }
+
+
+def _mean_point(points: Sequence[LearningPoint]) -> dict[str, float]:
+    """prompts is the same of all; pairs need not be."""
+    means = LearningPoint(*np.mean(points, axis=0).tolist())._asdict()
+    return means | {"prompts": points[0].prompts}
+
+
+def _mean_added(added: Sequence[AddedTeacher], anchors: int) -> dict[str, float]:
+    mean = AddedTeacher(*np.mean([one for one in added if one.anchors == anchors], axis=0).tolist())
+    regret = {name: getattr(mean, name) for name in ("without", "bilinear", "retrained")}
+    return {"anchors": anchors, **regret}
+
+
+def _reliability_values(found: Reliability) -> dict[str, Any]:
+    bins = zip(found.confidence_K, found.right_K, found.pairs_K, strict=True)
+    return {
+        "expected_error": found.expected_error,
+        "log_loss": found.log_loss,
+        "bins": [
+            {"confidence": float(confidence), "right": float(right), "pairs": int(pairs)}
+            for confidence, right, pairs in bins
+            if pairs
+        ],
+    }
+
+
+def study_lines(found: dict[str, Any]) -> list[str]:
+    """The values of `study_router` as tables in Markdown."""
+    regret, added = found["regret"], found["added_teachers"]
+    difference = found["ties_half_minus_dropped"]
+    low, high = difference["ci95"]
+    return [
+        f"{found['seen']} calibration prompts to learn from, {found['held_out']} to judge by. "
+        f"Regret of the best constant teacher {regret['best_constant']:.4f}, of a random one "
+        f"{regret['random']:.4f}.",
+        "",
+        "Learning curve:",
+        "",
+        *_table(found["learning_curve"]),
+        "",
+        "Reliability of the coefficients: how sure the router is of a pair, how often it is right; "
+        f"expected error {found['reliability']['expected_error']:.4f}:",
+        "",
+        *_table(found["reliability"]["bins"]),
+        "",
+        f"Losses ({found['tied_share']:.1%} of the comparisons are ties; regret of ties_half minus "
+        f"ties_dropped {difference['mean']:+.4f} [{low:+.4f}, {high:+.4f}]):",
+        "",
+        *_table([{"loss": name} | values for name, values in found["losses"].items()]),
+        "",
+        "Regret after a teacher is added by its answers to some anchor prompts, mean over the "
+        f"teachers; a router trained on all answers has {added['retrained_on_all']:.4f}:",
+        "",
+        *_table(added["mean"]),
+    ]
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    def shown(value: Any) -> str:
+        return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+    return [
+        f"| {' | '.join(rows[0])} |",
+        "|" + "--:|" * len(rows[0]),
+        *(f"| {' | '.join(map(shown, row.values()))} |" for row in rows),
+    ]

@@ -1,0 +1,170 @@
+"""The router study on a run folder: a planted truth in its rewards is found by the run's own
+training, and nobody is asked."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from pipeline_runs import Place, small_config, snapshot
+
+from persyn_jax import store
+from persyn_jax.config import ConfigError, to_values, validate
+from persyn_jax.mesh import make_mesh
+from persyn_jax.pipeline.router_study import (
+    RouterStudyConfig,
+    RouterStudySection,
+    study_lines,
+    study_router,
+    study_run,
+    tied_share,
+)
+from persyn_jax.pipeline.train_router import RouterTraining
+from persyn_jax.records import Prompt, Reward
+from persyn_jax.routing.planted import PlantedConfig, planted
+from persyn_jax.training.config import GossipConfig, OptimiserConfig
+
+TEACHERS = ["ann", "bob", "cy"]
+PROMPTS = 300
+
+
+def make_prompt(number: int) -> Prompt:
+    return Prompt(
+        id=f"p{number}",
+        messages=[{"role": "user", "content": str(number)}],
+        source="mine",
+        split="calibration",
+        answer=None,
+        verifier="exact_match",
+        source_licence="CC0-1.0",
+    )
+
+
+def make_rewards(total_NM: np.ndarray) -> list[Reward]:
+    return [
+        Reward(
+            key=f"{n}/{m}",
+            prompt_id=f"p{n}",
+            teacher=TEACHERS[m],
+            usable=True,
+            quality=None,
+            learnability=0.0,
+            response_tokens=1,
+            quality_standardised=0.0,
+            learnability_standardised=0.0,
+            total=float(total),
+        )
+        for (n, m), total in np.ndenumerate(total_NM)
+    ]
+
+
+def training(**changes) -> RouterTraining:
+    values = {
+        "held_out": 0.5,
+        "steps": 60,
+        "pairs": 64,
+        "optimiser": OptimiserConfig(learning_rate=0.1),
+        "neighbours": 5,
+        "gossip": GossipConfig(workers=1),
+        "seed": 0,
+    }
+    return RouterTraining(**values | changes)
+
+
+def study(total_NM, state_ND, **section):
+    prompts = [make_prompt(n) for n in range(len(total_NM))]
+    values = {"prompts": [5, 150], "draws": 1, "anchors": [4, 150]} | section
+    chosen = RouterStudySection(**values)
+    return study_router(prompts, make_rewards(total_NM), state_ND, training(), chosen, make_mesh(1))
+
+
+@pytest.fixture(scope="module")
+def world():
+    made = planted(PlantedConfig(teachers=3, between_teachers=0.2), PROMPTS, seed=1)
+    return made.gain_NM, made.feature_ND.astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def found(world):
+    return study(*world)
+
+
+def test_the_runs_own_router_finds_the_planted_truth(found):
+    assert (found["seen"], found["held_out"]) == (150, 150)
+    few, all_of_them = found["learning_curve"]
+    assert (few["prompts"], all_of_them["prompts"]) == (5, 150)
+    assert (few["pairs"], all_of_them["pairs"]) == (15, 450)
+    assert all_of_them["regret"] < 0.5 * few["regret"]
+    assert all_of_them["regret"] < 0.5 * found["regret"]["best_constant"]
+    assert found["regret"]["best_constant"] < found["regret"]["random"]
+    assert all_of_them["log_loss"] < few["log_loss"]
+
+
+def test_an_added_teacher_comes_near_to_full_retraining(found):
+    added = found["added_teachers"]
+    limit = added["retrained_on_all"]
+    few, many = added["mean"]
+    assert many["bilinear"] < few["bilinear"]
+    assert many["bilinear"] - limit < 0.1 * (many["without"] - limit)
+    assert many["retrained"] == pytest.approx(limit)  # the same answers, so the same training
+    assert [(one["teacher"], one["anchors"]) for one in added["teachers"]] == [
+        (teacher, anchors) for teacher in TEACHERS for anchors in (4, 150)
+    ]
+
+
+def test_without_ties_both_losses_are_nearly_one_and_the_tables_say_so(found):
+    """They differ in the pairs that are drawn."""
+    assert found["tied_share"] == 0
+    dropped, half = found["losses"]["ties_dropped"], found["losses"]["ties_half"]
+    assert half["log_loss"] == pytest.approx(dropped["log_loss"], abs=0.02)
+    assert sum(row["pairs"] for row in found["reliability"]["bins"]) == 3 * 150
+    lines = study_lines(json.loads(json.dumps(found, allow_nan=False)))
+    assert "0.0% of the comparisons are ties" in "\n".join(lines)
+    assert f"| 150 | {found['learning_curve'][1]['pairs']:.4f} |" in "\n".join(lines)
+
+
+def test_tied_share_by_hand():
+    assert tied_share(np.array([[1.0, 1.0, 2.0], [3.0, 3.0, 3.0]])) == pytest.approx(4 / 6)
+    assert tied_share(np.array([[1.0, 2.0]])) == 0
+
+
+@pytest.mark.parametrize(
+    ("section", "match"),
+    [
+        ({"prompts": [151]}, "router_study.prompts 151: the router learns from 150"),
+        ({"anchors": [2, 151]}, "router_study.anchors 151: the router learns from 150"),
+    ],
+)
+def test_more_prompts_than_there_are_is_refused(world, section, match):
+    with pytest.raises(ConfigError, match=match):
+        study(*world, **section)
+
+
+def test_a_run_that_is_not_there_is_one_line_and_stays_away(tmp_path):
+    values = to_values(small_config(f"run.folder={tmp_path}"))
+    config = validate(RouterStudyConfig, values, where="study")
+    with pytest.raises(ConfigError, match=r"stage calibrate is not finished, and .* needs it"):
+        study_run(config)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_the_script_studies_a_finished_run_and_asks_nobody(finished_run, tmp_path):
+    place = Place(tmp_path / "copy", finished_run.place.cache)
+    shutil.copytree(finished_run.place.folder, place.folder)
+    before = snapshot(place.folder)
+    ended = place.finish("router_study.py", "--json", "study.json", "router_study.draws=1")
+    assert ended.code == 0, ended.stderr
+    found = json.loads((place.folder / "study.json").read_text())
+    assert found == store.read_json(place.run / "router_study.json")
+    summary = store.read_manifest(place.run, "train_router").summary["router"]
+    # The run's own router again: the same training on the same prompts.
+    assert found["learning_curve"][-1]["regret"] == pytest.approx(summary["regret"]["router"])
+    assert found["losses"]["ties_dropped"]["hit_at_1"] == summary["hit_at_1"]
+    assert "Learning curve:" in ended.stdout
+    new = snapshot(place.folder).keys() - before.keys()
+    assert new == {"study.json", "runs/smoke/router_study.json"}
+    assert before.items() <= snapshot(place.folder).items()
+    other = place.finish("router_study.py", "rewards.alpha=0.9")
+    assert other.code == 2
+    assert "stage score is finished, but config rewards.alpha changed" in other.error
