@@ -404,6 +404,10 @@ def _section(*names: str):
     return section
 
 
+def _all_but_benchmarks(config: RunConfig) -> dict[str, Any]:
+    return {name: values for name, values in to_values(config).items() if name != "benchmarks"}
+
+
 def _service_model(config: RunConfig) -> tuple[ModelConfig, ...]:
     return () if config.service is None else (config.service.model,)
 
@@ -532,7 +536,7 @@ STAGES: tuple[Stage, ...] = (
             *(EXAMPLES, METRICS, SCORES),
         ),
         writes=("report.html", "report.json"),
-        section=to_values,
+        section=_all_but_benchmarks,
         models=_none,
         files=_none,
         work=_report,
