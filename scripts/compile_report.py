@@ -6,7 +6,8 @@ Exits with 1 if the program is not what it should be: one collective-permute for
 and message, nothing gathered. The JSON file holds `topology`, `slices`, `workers`, `schedule`, the
 keys of `Wire`, and `programs` with those of `ProgramReport` (persyn_jax/bench/compile_report.py).
 
-A worker's chips lie along `fsdp`, but for the config's `mesh.tensor`.
+A worker's chips lie along `fsdp`, but for the config's `mesh.tensor`; `training.rows` are those of
+each chip along `fsdp`.
 
 With --engine it is the sampling engine of the config's service section that is compiled, for
 `engine.tensor` chips of the slice: no program may wait for the host, copy its cache, or gather
