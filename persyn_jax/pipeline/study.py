@@ -23,6 +23,7 @@ from persyn_jax import store
 from persyn_jax.config import config_class, to_values, validate
 from persyn_jax.models.spec import ModelConfig
 from persyn_jax.pipeline.config import RunConfig
+from persyn_jax.pipeline.gain_audit import GainAuditConfig, GainAuditSection, audit_run
 from persyn_jax.pipeline.progress import say
 from persyn_jax.pipeline.run import Run, Stage, open_run, run_stage
 from persyn_jax.pipeline.stages import (
@@ -69,6 +70,9 @@ class StudySection:
     other_student: ModelConfig | None = None
     """Whose routes are compared with the student's, and what the student becomes by them; null: no
     swap test."""
+    gain_audit: GainAuditSection | None = None
+    """Whether the rewards foresee the gain, by short fine-tunings after the students of the first
+    seed; null: not asked."""
 
 
 @config_class
@@ -93,6 +97,8 @@ class StudyConfig(RunConfig):
         if self.training.examples is not None or self.training.seed is not None:
             raise ValueError("training.examples and training.seed: the study sets them itself")
         _check_other_model(self)
+        if self.study.gain_audit is not None:
+            audit_config(self)  # is checked, too
 
     @property
     def folder(self) -> Path:
@@ -142,6 +148,13 @@ def run_config(config: StudyConfig, name: str, **sections: dict[str, Any]) -> Ru
     return validate(RunConfig, values, where=name)
 
 
+def audit_config(config: StudyConfig) -> GainAuditConfig:
+    """Of the gain audit, on what the strategies share."""
+    values = to_values(run_config(config, BASE))
+    values["gain_audit"] = to_values(config.study.gain_audit)
+    return validate(GainAuditConfig, values, where="study.gain_audit")
+
+
 def compared(config: StudyConfig) -> list[Compared]:
     """All that is compared, in the order of work."""
     swapped: list[Compared] = [] if config.study.other_student is None else ["swapped"]
@@ -175,7 +188,8 @@ def run_study(
     config: StudyConfig, overwrite: bool = False, may_go_on: Callable[[], bool] = lambda: True
 ) -> Standing:
     """Works until everything is finished, or until `may_go_on` says no between two units of work:
-    what is shared, a strategy's routes and answers, a student.
+    what is shared, a strategy's routes and answers, a student (after those of the first seed the
+    gain audit).
 
     Raises ConfigError as `run_stage` does: a unit is finished with another config or other code.
     """
@@ -191,8 +205,11 @@ def run_study(
     for trial in all_trials(config):  # seed by seed: a study that is stopped can be looked at
         if not may_go_on():
             break
-        _train(config, trial, examples, overwrite)
+        _train(config, trial, examples, trials, overwrite)
         trials.append(trial)
+        if len(trials) == len(compared(config)) and config.study.gain_audit is not None:
+            audit_run(audit_config(config))
+            _forget_programs()
     return Standing(examples, trials)
 
 
@@ -244,7 +261,9 @@ def _ask(config: StudyConfig, strategy: Compared, overwrite: bool) -> None:
             run_stage(_STAGE[name], run)
 
 
-def _train(config: StudyConfig, trial: Trial, examples: int, overwrite: bool) -> None:
+def _train(
+    config: StudyConfig, trial: Trial, examples: int, trained: list[Trial], overwrite: bool
+) -> None:
     own = trial_config(config, trial, examples)
     with open_run(own, overwrite) as run:
         _adopt(config, BASE, own, _SHARED)
@@ -252,8 +271,24 @@ def _train(config: StudyConfig, trial: Trial, examples: int, overwrite: bool) ->
         if routed.run_folder != own.run_folder:
             _adopt(config, routed.run.name, own, _BY_STRATEGY)
         say(f"{own.run.name}:")
+        finished = store.read_manifest(own.run_folder, _TRIAL.name) is not None
+        if not finished and (twin := _twin(config, trial, trained)) is not None:
+            say(f"  the answers are those of {twin}, and so is the student")
+            _adopt(config, twin, own, (_TRIAL.name,))
         run_stage(_TRIAL, run)
     _forget_programs()
+
+
+def _twin(config: StudyConfig, trial: Trial, trained: list[Trial]) -> str | None:
+    """The run folder of a student with the same seed and bitwise the same answers, which is the
+    same student: strategies often agree, such as Strong with the best constant teacher."""
+
+    def answers(name: str) -> str:
+        return store.sha256_of(config.folder / name / ANSWERS)
+
+    own = answers(trial_name(trial))
+    names = [trial_name(other) for other in trained if other.seed == trial.seed]
+    return next((name for name in names if answers(name) == own), None)
 
 
 def _adopt(config: StudyConfig, name: str, own: RunConfig, stages: tuple[str, ...]) -> None:

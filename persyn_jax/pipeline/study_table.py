@@ -19,6 +19,7 @@ from persyn_jax.intervals import (
     paired_deviation,
 )
 from persyn_jax.pipeline.examine import Examination
+from persyn_jax.pipeline.gain_audit import RESULT, audit_lines
 from persyn_jax.pipeline.stages import ANSWERS, CALIBRATION_ANSWERS, ROUTES
 from persyn_jax.pipeline.study import (
     ALL_ANSWERS,
@@ -84,6 +85,7 @@ def study_results(config: StudyConfig, standing: Standing) -> dict[str, Any]:
     swap             null without another student, or its `other_student` (weights), and
                      `agreement`, `ci95` and `by_chance` as in `agreement`, of PerSyn's routes for
                      the two students; the strategy `swapped` is the student on the other's routes
+    gain_audit       null before it is done, or as in `gain_audit.audit_run`
     """
     measured = {
         strategy: _measured(config, [t for t in standing.trials if t.strategy == strategy])
@@ -112,6 +114,7 @@ def study_results(config: StudyConfig, standing: Standing) -> dict[str, Any]:
             ),
         },
         "swap": _swap(config),
+        "gain_audit": _gain_audit(config),
     }
 
 
@@ -123,6 +126,11 @@ def _swap(config: StudyConfig) -> dict[str, Any] | None:
         for folder in (route_config(config, name).run_folder for name in (PERSYN, "swapped"))
     )
     return {"other_student": config.study.other_student.weights, **agreement(own, other)}
+
+
+def _gain_audit(config: StudyConfig) -> dict[str, Any] | None:
+    path = config.folder / BASE / RESULT
+    return store.read_json(path) if path.exists() else None
 
 
 def agreement(own_N: Sequence[str], other_N: Sequence[str]) -> dict[str, Any]:
@@ -270,6 +278,13 @@ def markdown_lines(results: dict[str, Any]) -> list[str]:
         " all that the strategy needs, by itself. left out: usable answers that were not drawn, so "
         "that all students train on equally many.",
     ]
+    if results["gain_audit"] is not None:
+        lines += [
+            "",
+            "## Do the rewards foresee the gain?",
+            "",
+            *audit_lines(results["gain_audit"]),
+        ]
     return lines
 
 

@@ -16,6 +16,7 @@ from persyn_jax import config as configs
 from persyn_jax import store
 from persyn_jax.config import ConfigError
 from persyn_jax.intervals import Interval
+from persyn_jax.pipeline import study
 from persyn_jax.pipeline.examine import Examination
 from persyn_jax.pipeline.study import (
     StudyConfig,
@@ -48,7 +49,8 @@ TINY = (
     "student={weights: 'random:tiny'}",
     "routing.family=[]",
     # Itself: what is routed for the other student must then be what is routed for this one.
-    "study={strategies: [router, oracle], seeds: [1, 2], other_student: {weights: 'random:tiny'}}",
+    "study={strategies: [router, oracle], seeds: [1, 2], other_student: {weights: 'random:tiny'},"
+    " gain_audit: {rows: 2, steps: 1, held_out: 3}}",
     "router={steps: 4, pairs: 4}",
     "gossip.workers=1",
     "training={rows: 4, row_tokens: 192, row_response_tokens: 64, held_out: 2, measure_every: 9}",
@@ -112,6 +114,7 @@ def test_the_small_study_is_what_was_asked_for():
         ((*OTHER, "study.seeds=[1, 1]"), "study.seeds: one is given twice"),
         ((*OTHER, "routing.family=[]"), "family_strong needs routing.family"),
         ((*OTHER, "training.seed=1"), "the study sets them itself"),
+        ((*OTHER, "study.gain_audit={teachers: [x]}"), "gain_audit.teachers: no teacher 'x', only"),
         (
             ("teachers.3.model=null", "teachers.4.model=null"),
             "one must be another model than the student",
@@ -153,6 +156,11 @@ def studied(tmp_path_factory, compiled_once):
         with pytest.MonkeyPatch.context() as patch:
             # Programs of a few tiny students fit into memory, and compiling them takes most time.
             patch.setattr("persyn_jax.pipeline.study._forget_programs", lambda: None)
+            # Seed 2 trains everyone, so that it can be compared with seed 1, which need not.
+            twin = study._twin
+            patch.setattr(
+                study, "_twin", lambda c, t, all_: twin(c, t, all_) if t.seed == 1 else None
+            )
             stopped = run_study(config, may_go_on=lambda: next(asked_again) < 5)
             at_stop = sorted(path.name for path in config.folder.iterdir())
             standing = run_study(config)
@@ -210,6 +218,9 @@ def test_the_table_counts_answers_and_pairs_items(studied):
     text = "\n".join(markdown_lines(json.loads(json.dumps(results, allow_nan=False))))
     assert "| oracle | 2 |" in text
     assert "6 of 6 students finished" in text
+    units = results["gain_audit"]["units"]
+    assert {unit["teacher"] for unit in units} == set("abc")
+    assert f"| adding | a | {units[0]['gain']:+.4f} [" in text
 
 
 @pytest.mark.slow
@@ -219,11 +230,24 @@ def test_a_student_swapped_with_itself_is_the_same_student(studied):
     assert results["swap"]["agreement"] == 1
     assert results["swap"]["by_chance"] < 1
     rows = {row["strategy"]: row for row in results["strategies"]}
+    assert rows["swapped"]["seeds"] == [1, 2]
     assert rows["swapped"]["log_likelihood_difference"] == {"mean": 0, "ci95": [0, 0]}
     assert rows["swapped"]["answers_generated"] == rows["router"]["answers_generated"]
     for name in ("routes.parquet", "rewards.parquet"):
         one, other = (config.folder / folder / name for folder in ("router-1", "other"))
         assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.slow
+def test_students_on_the_same_answers_are_trained_once(studied):
+    config, *_ = studied
+    taken, trained, different = (
+        store.read_manifest(config.folder / name, "trial")
+        for name in ("swapped-1", "swapped-2", "oracle-1")
+    )
+    assert taken == store.read_manifest(config.folder / "router-1", "trial")
+    assert trained != store.read_manifest(config.folder / "router-2", "trial"), "its own seconds"
+    assert different != taken
 
 
 @pytest.mark.slow
