@@ -116,7 +116,8 @@ class RouterConfig:
     backbone_optimiser: OptimiserConfig = OptimiserConfig()
     """Of what learns of the backbone."""
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.4
-    """Part of the calibration prompts that judges the router; it learns from the others."""
+    """Part of the calibration prompts that judges the router; it learns from the others, and so do
+    all other strategies."""
     steps: Annotated[int, Field(ge=1)] = 60
     pairs: Annotated[int, Field(ge=1)] = 64
     """Preference pairs in a batch, per worker."""

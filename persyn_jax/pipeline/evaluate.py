@@ -6,6 +6,7 @@ from dataclasses import replace
 from persyn_jax.evaluation.verifiers import Case, verify
 from persyn_jax.models import tokenizer
 from persyn_jax.models.weights import Model
+from persyn_jax.pipeline import prompts as pipeline_prompts
 from persyn_jax.records import Prompt, Score
 from persyn_jax.sampling.config import EngineConfig
 from persyn_jax.sampling.engine import Engine, Request
@@ -21,9 +22,9 @@ def evaluate(
     """Scores of both models on the eval prompts that have a reference answer.
 
     Each model is loaded when its turn comes, so that one is in memory at a time; they have one
-    shape.
+    shape. Raises ConfigError where no prompt has one.
     """
-    examined = [p for p in prompts if p.split == "eval" and p.answer is not None]
+    examined = pipeline_prompts.examined(prompts)
     before = load_before()
     requests = [
         Request(tuple(tokenizer.prompt_ids(before.tokenizer, prompt.messages)), max_tokens)

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 
 from jax.sharding import Mesh
 
-from persyn_jax.evaluation.verifiers import VERIFIERS
+from persyn_jax.evaluation.verifiers import Case, verify
 from persyn_jax.models import tokenizer
 from persyn_jax.models.rows import Conversation
 from persyn_jax.models.weights import Model
+from persyn_jax.pipeline import prompts as pipeline_prompts
 from persyn_jax.records import Prompt
 from persyn_jax.sampling.config import EngineConfig
 from persyn_jax.sampling.engine import Engine, Request
@@ -36,8 +37,11 @@ class Examination:
 def examine(
     prompts: Sequence[Prompt], student: Model, max_tokens: int, config: EngineConfig, mesh: Mesh
 ) -> list[Examination]:
-    """The student on the eval prompts that have a reference answer, in their order."""
-    examined = [p for p in prompts if p.split == "eval" and p.answer is not None]
+    """The student on the eval prompts that have a reference answer, in their order.
+
+    Raises ConfigError where there is none.
+    """
+    examined = pipeline_prompts.examined(prompts)
     tok = student.tokenizer
     asked = [tuple(tokenizer.prompt_ids(tok, prompt.messages)) for prompt in examined]
     references = [
@@ -47,14 +51,22 @@ def examine(
     likelihoods = mean_log_likelihoods(student, references, mesh)
     engine = Engine(student, replace(config, score_rows=0))  # nothing is scored there
     completions = engine.generate([Request(ids, max_tokens) for ids in asked])
+    verified = verify(
+        [
+            Case(prompt.verifier, completion.text, prompt.answer or "")
+            for prompt, completion in zip(examined, completions, strict=True)
+        ]
+    )
     return [
         Examination(
             prompt_id=prompt.id,
             source=prompt.source,
             text=completion.text,
             finish_reason=completion.finish_reason,
-            score=VERIFIERS[prompt.verifier](completion.text, prompt.answer or ""),
+            score=score,
             reference_log_likelihood=float(likelihood),
         )
-        for prompt, completion, likelihood in zip(examined, completions, likelihoods, strict=True)
+        for prompt, completion, score, likelihood in zip(
+            examined, completions, verified.scores, likelihoods, strict=True
+        )
     ]

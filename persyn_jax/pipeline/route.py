@@ -49,8 +49,8 @@ def route(
     """One teacher for each prompt: that of the highest score of `config.strategy` (ties to the
     first), or another where a limit forbids it.
 
-    asked, expected: of `prompts`, row by row. seen: of the calibration prompts. All have the
-    columns of `teachers`. Raises ConfigError as `selection.select`.
+    asked, expected: of `prompts`, row by row. seen: of the calibration prompts that the router
+    learnt from. All have the columns of `teachers`. Raises ConfigError as `selection.select`.
 
     The summary's keys are stable:
 

@@ -141,6 +141,7 @@ def _route(run: Run, _: Path) -> dict[str, Any]:
     from persyn_jax.models import router
     from persyn_jax.pipeline.route import expect_cost, make_calibration, route, summary_lines
     from persyn_jax.pipeline.states import kept_states
+    from persyn_jax.pipeline.train_router import split_calibration
     from persyn_jax.routing.preferences import reward_matrix
     from persyn_jax.routing.strategies import Asked
 
@@ -151,7 +152,10 @@ def _route(run: Run, _: Path) -> dict[str, Any]:
     routed = calibration + rest
     rewards = run.read(REWARDS, Reward)
     head, names, state_ND = router.load_router(run.folder / ROUTER)
-    seen = make_calibration(calibration, rewards, names, state_ND)
+    # No strategy may know more than the router, which was judged by the others.
+    taught_N = split_calibration(calibration, config.router.held_out, config.run.seed)[0]
+    taught = [calibration[n] for n in taught_N]
+    seen = make_calibration(taught, rewards, names, state_ND[taught_N])
     if rest:
         backbone, seed = config.router_backbone, config.run.seed
         rest_ND = kept_states(run.folder / STATES, run.folder / ROUTER, backbone, seed, rest, mesh)
@@ -282,8 +286,11 @@ def _train_student(run: Run, checkpoints: Path) -> dict[str, Any]:
             folder, base = run.folder / STUDENT / "adapter", config.student
             write_adapters(folder, trained.adapters, base.weights, base.revision)
     drawn = {answer.prompt_id for answer in answers}
+    seen = [row for index, row in enumerate(tokens) if index not in trained.held_out]
     return {
         "compiled_programs": trained.compiled_programs,
+        "steps": trained.steps,
+        "response_tokens": sum(len(row.response) for row in seen),
         "left_out": [a.prompt_id for a in chosen if a.usable and a.prompt_id not in drawn],
         "held_out": [answers[index].prompt_id for index in trained.held_out],
     }
@@ -486,13 +493,14 @@ STAGES: tuple[Stage, ...] = (
         name="route",
         modules=(
             "persyn_jax.pipeline.states",
+            "persyn_jax.pipeline.train_router",
             "persyn_jax.pipeline.route",
             "persyn_jax.pipeline.quality",
             "persyn_jax.pipeline.score",
         ),
         reads=(PROMPTS, CALIBRATION_ANSWERS, REWARDS, ROUTER),
         writes=(ROUTES,),
-        section=_section("routing", "teachers", "quality", "rewards"),
+        section=_section("router", "routing", "teachers", "quality", "rewards"),
         models=_routing_models,
         files=_routing_files,
         work=_route,

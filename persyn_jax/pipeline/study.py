@@ -164,7 +164,13 @@ def compared(config: StudyConfig) -> list[Compared]:
 def route_config(config: StudyConfig, strategy: Compared) -> RunConfig:
     """Of the routes and answers of a strategy, which do not depend on the training's seed."""
     if strategy == "swapped":
-        return run_config(config, OTHER, student=to_values(config.study.other_student))
+        # Only whom the rewards are for differs: the router's backbone stays.
+        return run_config(
+            config,
+            OTHER,
+            student=to_values(config.study.other_student),
+            router={"backbone": to_values(config.router_backbone)},
+        )
     name = trial_name(Trial(strategy, config.study.seeds[0]))
     return run_config(config, name, routing={"strategy": strategy})
 
@@ -237,7 +243,7 @@ def _share(config: StudyConfig, overwrite: bool) -> None:
     if "oracle" in config.study.strategies:
         stages.append(_ASK_ALL)
     stages += [_STAGE["route"], _EXAMINE_BEFORE]
-    with open_run(run_config(config, BASE), overwrite) as run:
+    with open_run(run_config(config, BASE), overwrite, whole=True) as run:
         for stage in stages:
             run_stage(stage, run)
     _forget_programs()

@@ -73,14 +73,17 @@ def study_results(config: StudyConfig, standing: Standing) -> dict[str, Any]:
     strategies       a row for each strategy of which a student is finished:
         strategy, seeds, mean_score, mean_log_likelihood
         difference, log_likelihood_difference
-                     to PerSyn on the seeds that both have: mean, ci95 over prompts x seeds; null
-                     for PerSyn itself
+                     to PerSyn on the seeds that both have: mean, ci95 over prompts x seeds, and
+                     corrected, wider, so that those of all strategies hold together; null for
+                     PerSyn itself
         answers_generated, tokens
                      of all answers that the strategy needs, by itself
         usable, left_out
                      usable answers, and the prompts of those that were not trained on
+        steps, response_tokens
+                     of the training of the first seed: equally many answers are not equally long
     detectable       difference of scores that is found with 80 % power, by the median spread
-                     of the differences to PerSyn; null while there are none
+                     of the differences to PerSyn; null while nothing differs
     verdict          score, log_likelihood: a sentence each
     swap             null without another student, or its `other_student` (weights), and
                      `agreement`, `ci95` and `by_chance` as in `agreement`, of PerSyn's routes for
@@ -94,7 +97,7 @@ def study_results(config: StudyConfig, standing: Standing) -> dict[str, Any]:
     }
     rows = [_row(config, standing, strategy, measured) for strategy in measured]
     before = _examinations(config, BASE, BEFORE)
-    detectable = _detectable(measured)
+    detectable, seeds = _detectable(measured), min(len(row["seeds"]) for row in rows)
     return {
         "study": config.run.name,
         "eval_prompts": len(before),
@@ -107,10 +110,11 @@ def study_results(config: StudyConfig, standing: Standing) -> dict[str, Any]:
         "strategies": rows,
         "detectable": detectable,
         "verdict": {
-            "score": verdict_sentence("score", _differences(rows, "difference"), detectable),
+            "score": verdict_sentence("score", _differences(rows, "difference"), seeds, detectable),
             "log_likelihood": verdict_sentence(
                 "log-likelihood of the reference answers",
                 _differences(rows, "log_likelihood_difference"),
+                seeds,
             ),
         },
         "swap": _swap(config),
@@ -171,9 +175,8 @@ def _row(
     own, persyn = measured[strategy], measured.get(PERSYN)
     differences: list[dict[str, Any] | None] = [None, None]
     if strategy != PERSYN and persyn is not None:
-        both = min(own.score_NS.shape[1], persyn.score_NS.shape[1])  # seeds come in one order
         differences = [
-            _as_values(crossed_ci95(mine_NS[:, :both] - other_NS[:, :both]))
+            _as_values(_difference(mine_NS, other_NS), len(measured) - 1)
             for mine_NS, other_NS in zip(own, persyn, strict=True)
         ]
     return {
@@ -186,7 +189,15 @@ def _row(
         **answer_cost(config, strategy, chosen),
         "usable": sum(answer.usable for answer in chosen),
         "left_out": manifest.summary["left_out"],
+        "steps": manifest.summary["steps"],
+        "response_tokens": manifest.summary["response_tokens"],
     }
+
+
+def _difference(one_NS: np.ndarray, other_NS: np.ndarray) -> np.ndarray:
+    """On the seeds that both have; seeds come in one order."""
+    both = min(one_NS.shape[1], other_NS.shape[1])
+    return one_NS[:, :both] - other_NS[:, :both]
 
 
 def answer_cost(
@@ -207,43 +218,57 @@ def answer_cost(
 
 def _detectable(measured: dict[Compared, Measured]) -> float | None:
     persyn = measured.get(PERSYN)
-    others = [m for strategy, m in measured.items() if strategy != PERSYN]
-    if persyn is None or not others:
+    if persyn is None:
         return None
-    mean_N = persyn.score_NS.mean(axis=1)
-    deviations = [(other.score_NS.mean(axis=1) - mean_N).std() for other in others]
-    return detectable_difference(len(mean_N), float(np.median(deviations)))
+    others = [own.score_NS for strategy, own in measured.items() if strategy != PERSYN]
+    deviations = [_difference(own_NS, persyn.score_NS).mean(axis=1).std() for own_NS in others]
+    different = [deviation for deviation in deviations if deviation > 0]
+    if not different:
+        return None
+    return detectable_difference(len(persyn.score_NS), float(np.median(different)))
 
 
 def _differences(rows: Sequence[dict[str, Any]], key: str) -> dict[str, Interval]:
+    """Those that hold together, by strategy."""
     return {
-        row["strategy"]: Interval(row[key]["mean"], *row[key]["ci95"])
+        row["strategy"]: Interval(row[key]["mean"], *row[key]["corrected"])
         for row in rows
         if row[key] is not None
     }
 
 
 def verdict_sentence(
-    measure: str, differences: dict[str, Interval], detectable: float | None = None
+    measure: str, differences: dict[str, Interval], seeds: int, detectable: float | None = None
 ) -> str:
-    """One sentence on PerSyn against all others; differences: other strategy minus PerSyn.
+    """One sentence on PerSyn against all others; differences: other strategy minus PerSyn, with
+    intervals that hold together; seeds: that all strategies have.
 
-    It opens with "PerSyn is" or "Undecided". The oracle, which no strategy can beat at choosing, is
-    compared like the others.
+    It opens with "By the" or "Undecided": always the latter with one seed, which cannot say what
+    the next training would give. The oracle, which no strategy can beat at choosing, is compared
+    like the others.
     """
     if not differences:
         return f"Undecided by the {measure}: no two strategies are finished."
+    same = [name for name, d in differences.items() if d.low == d.mean == d.high == 0]
+    rest = {name: d for name, d in differences.items() if name not in same}
     groups = {
-        "better than": [name for name, d in differences.items() if d.high < 0],
-        "worse than": [name for name, d in differences.items() if d.low > 0],
-        "undecided against": [name for name, d in differences.items() if d.low <= 0 <= d.high],
+        "better than": [name for name, d in rest.items() if d.high < 0],
+        "worse than": [name for name, d in rest.items() if d.low > 0],
+        "undecided against": [name for name, d in rest.items() if d.low <= 0 <= d.high],
+        "the same students as": same,
     }
-    note = f"95 % intervals over prompts x seeds, {len(differences)} comparisons, not corrected"
+    over = "prompts x seeds" if seeds > 1 else "prompts alone"
+    note = f"95 % intervals over {over}, corrected for {len(differences)} comparisons"
     if not groups["better than"] and not groups["worse than"]:
         size = "" if detectable is None else f"; about {100 * detectable:.1f} points can be seen"
         return f"Undecided by the {measure}: no strategy differs from PerSyn ({note}{size})."
-    parts = [f"{word} {', '.join(names)}" for word, names in groups.items() if names]
-    return f"By the {measure}, PerSyn is {'; '.join(parts)} ({note})."
+    found = "; ".join(f"{word} {', '.join(names)}" for word, names in groups.items() if names)
+    if seeds == 1:
+        return (
+            f"Undecided by the {measure}, because one seed does not say what the next training "
+            f"would give; of these students alone, PerSyn's is {found} ({note})."
+        )
+    return f"By the {measure}, PerSyn is {found} ({note})."
 
 
 def markdown_lines(results: dict[str, Any]) -> list[str]:
@@ -257,26 +282,27 @@ def markdown_lines(results: dict[str, Any]) -> list[str]:
         "finished. Differences are to PerSyn (router), with 95 % intervals over prompts x seeds.",
         "",
         "| strategy | seeds | mean score | difference | log-likelihood | difference | answers | "
-        "tokens | left out |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "tokens | left out | steps | response tokens |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in results["strategies"]:
         lines.append(
             f"| {row['strategy']} | {len(row['seeds'])} | {row['mean_score']:.4f} | "
             f"{_interval(row['difference'])} | {row['mean_log_likelihood']:.4f} | "
             f"{_interval(row['log_likelihood_difference'])} | {row['answers_generated']:,} | "
-            f"{row['tokens']:,} | {len(row['left_out'])} |"
+            f"{row['tokens']:,} | {len(row['left_out'])} | {row['steps']} | "
+            f"{row['response_tokens']:,} |"
         )
     lines += [
         f"| (untrained) | | {untrained['mean_score']:.4f} | | "
-        f"{untrained['mean_log_likelihood']:.4f} | | | | |",
+        f"{untrained['mean_log_likelihood']:.4f} | | | | | | |",
         "",
         *results["verdict"].values(),
         *_swap_lines(results["swap"]),
         "",
         "log-likelihood: of the reference answers under the student, nats a token. answers, tokens:"
         " all that the strategy needs, by itself. left out: usable answers that were not drawn, so "
-        "that all students train on equally many.",
+        "that all students train on equally many. steps, response tokens: of a training.",
     ]
     if results["gain_audit"] is not None:
         lines += [
@@ -307,8 +333,13 @@ def _interval(values: dict[str, Any] | None) -> str:
     return f"{values['mean']:+.4f} [{low:+.4f}, {high:+.4f}]"
 
 
-def _as_values(interval: Interval) -> dict[str, Any]:
-    return {"mean": interval.mean, "ci95": [interval.low, interval.high]}
+def _as_values(difference_NS: np.ndarray, comparisons: int) -> dict[str, Any]:
+    alone, together = crossed_ci95(difference_NS), crossed_ci95(difference_NS, comparisons)
+    return {
+        "mean": alone.mean,
+        "ci95": [alone.low, alone.high],
+        "corrected": [together.low, together.high],
+    }
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -106,6 +106,8 @@ class Trained:
     """Of the train step."""
     held_out: list[int]
     """Indices of the conversations that were held out."""
+    steps: int
+    """Taken in all."""
 
 
 def train_student(
@@ -211,7 +213,7 @@ def train_student(
     if c.lora is not None:
         adapters = Adapters(mean, c.lora.alpha)
         mean = merge(load_student().params, adapters)
-    return Trained(replace(student, params=mean), adapters, programs, held_out)
+    return Trained(replace(student, params=mean), adapters, programs, held_out, steps)
 
 
 def _tuning(student: Model, c: TrainConfig, seed: int, mesh: Mesh) -> _Tuning:

@@ -17,8 +17,8 @@ from persyn_jax.routing.learnability import MetricName, higher_is_better
 from persyn_jax.routing.normalisation import Normalisation, Scope, normalise
 
 UNUSABLE_GAP = 1.0
-"""By how much an unusable answer's learnability lies below its prompt's worst usable one: nats a
-token, or whatever the metric is in."""
+"""By how much an unusable answer's learnability lies below its prompt's worst usable one: as it is,
+in nats a token or whatever the metric is in, and standardised."""
 
 
 @config_class
@@ -95,7 +95,8 @@ def make_rewards(
         stands there for an unusable answer does not count (NaN will do): see `fill_unusable`.
     response_tokens: |y|, EOS included if it was generated.
     alpha: weight of learnability (eq. 2), in [0, 1].
-    normalisation, scope: how both terms are standardised, and among which answers.
+    normalisation, scope: how both terms are standardised, and among which answers; learnability
+        among the usable ones of these.
 
     Raises ValueError where a usable answer's learnability is not finite.
     """
@@ -103,7 +104,9 @@ def make_rewards(
     filled = fill_unusable_by_prompt(answers, learnability)
     known_quality = [np.nan if value is None else value for value in quality]
     quality_standardised = normalise(known_quality, prompt_ids, normalisation, scope)
-    learnability_standardised = normalise(filled, prompt_ids, normalisation, scope)
+    learnability_standardised = _standardised_learnability(
+        answers, filled, prompt_ids, normalisation, scope
+    )
     total = combine(quality_standardised, learnability_standardised, alpha)
     return [
         Reward(
@@ -122,6 +125,32 @@ def make_rewards(
     ]
 
 
+def _standardised_learnability(
+    answers: Sequence[Answer] | Sequence[Measurement],
+    filled_A: np.ndarray,
+    prompt_ids: Sequence[str],
+    normalisation: Normalisation,
+    scope: Scope,
+) -> np.ndarray:
+    """Usable answers among themselves, then the others below them: one answer that was cut off must
+    not make the usable ones look alike."""
+    usable_A = np.array([answer.usable for answer in answers], bool)
+    standardised_A = normalise(
+        np.where(usable_A, filled_A, np.nan), prompt_ids, normalisation, scope
+    )
+    for rows in _rows_of(prompt_ids).values():
+        if usable_A[rows].any():
+            standardised_A[rows] = fill_unusable(standardised_A[rows], usable_A[rows])
+    return standardised_A
+
+
+def _rows_of(prompt_ids: Sequence[str]) -> dict[str, list[int]]:
+    rows_of: dict[str, list[int]] = {}
+    for row, prompt_id in enumerate(prompt_ids):
+        rows_of.setdefault(prompt_id, []).append(row)
+    return rows_of
+
+
 def fill_unusable_by_prompt(
     answers: Sequence[Answer] | Sequence[Measurement], learnability: Sequence[float]
 ) -> np.ndarray:
@@ -129,9 +158,7 @@ def fill_unusable_by_prompt(
 
     Raises ValueError where a usable answer's learnability is not finite.
     """
-    rows_of: dict[str, list[int]] = {}
-    for row, answer in enumerate(answers):
-        rows_of.setdefault(answer.prompt_id, []).append(row)
+    rows_of = _rows_of([answer.prompt_id for answer in answers])
     filled = np.array(learnability, dtype=np.float64)
     for prompt_id, rows in rows_of.items():
         filled[rows] = fill_unusable(filled[rows], [answers[row].usable for row in rows])

@@ -81,17 +81,35 @@ def test_crossed_with_one_seed_is_as_wide_as_over_prompts_alone():
     assert crossed.high - crossed.low == pytest.approx(plain.high - plain.low, rel=0.1)
 
 
-def test_crossed_covers_what_both_prompts_and_seeds_make_vary():
-    """Prompt effects alone would leave the truth out far more often than 5 times in 100."""
+@pytest.mark.parametrize("seeds", [2, 3, 8])
+@pytest.mark.parametrize("deviation", [0.0, 0.3, 3.0])
+def test_crossed_covers_what_both_prompts_and_seeds_make_vary(seeds, deviation):
+    """However few the seeds are, and however much hangs on them."""
     rng = np.random.default_rng(4)
-    trials, covered, by_prompts = 60, 0, 0
+    trials, covered, together = 600, 0, 0
     for _ in range(trials):
-        of_prompt, of_seed = rng.normal(size=(40, 1)), rng.normal(size=(1, 8))
-        values_NS = of_prompt + of_seed
-        interval, narrow = crossed_ci95(values_NS), mean_ci95(values_NS.mean(axis=1))
+        of_prompt, of_seed = rng.normal(size=(40, 1)), rng.normal(size=(1, seeds))
+        values_NS = of_prompt + deviation * of_seed + rng.normal(size=(40, seeds))
+        interval, wider = crossed_ci95(values_NS), crossed_ci95(values_NS, comparisons=10)
         covered += interval.low <= 0 <= interval.high
-        by_prompts += narrow.low <= 0 <= narrow.high
-    assert covered >= 0.85 * trials > 0.8 * trials > by_prompts
+        together += wider.low <= 0 <= wider.high
+    assert covered >= 0.93 * trials
+    assert together >= 0.985 * trials
+
+
+def test_over_prompts_alone_the_truth_is_left_out_too_often():
+    rng = np.random.default_rng(4)
+    trials, covered = 60, 0
+    for _ in range(trials):
+        values_NS = rng.normal(size=(40, 1)) + rng.normal(size=(1, 8))
+        narrow = mean_ci95(values_NS.mean(axis=1))
+        covered += narrow.low <= 0 <= narrow.high
+    assert covered < 0.8 * trials
+
+
+def test_the_interval_of_a_constant_is_a_point():
+    assert crossed_ci95([[0.5, 0.5], [0.5, 0.5]]) == (0.5, 0.5, 0.5)
+    assert crossed_ci95([[0.5]]) == (0.5, 0.5, 0.5)
 
 
 @pytest.mark.parametrize("values", [[], [[]], [1.0, 2.0], [[1.0, float("inf")]]])

@@ -231,7 +231,8 @@ def test_a_student_swapped_with_itself_is_the_same_student(studied):
     assert results["swap"]["by_chance"] < 1
     rows = {row["strategy"]: row for row in results["strategies"]}
     assert rows["swapped"]["seeds"] == [1, 2]
-    assert rows["swapped"]["log_likelihood_difference"] == {"mean": 0, "ci95": [0, 0]}
+    nothing = {"mean": 0, "ci95": [0, 0], "corrected": [0, 0]}
+    assert rows["swapped"]["log_likelihood_difference"] == nothing
     assert rows["swapped"]["answers_generated"] == rows["router"]["answers_generated"]
     for name in ("routes.parquet", "rewards.parquet"):
         one, other = (config.folder / folder / name for folder in ("router-1", "other"))
@@ -271,7 +272,8 @@ def test_the_other_student_has_routes_of_its_own_and_is_not_the_one_that_is_trai
     config = load(*OTHER, "study.other_student={weights: 'random:tiny'}")
     assert [trial.strategy for trial in all_trials(config)][11::12] == ["swapped"] * 3
     other = route_config(config, "swapped")
-    assert other.student == other.router_backbone == config.study.other_student
+    assert other.student == config.study.other_student
+    assert other.router_backbone == config.student, "personal is the reward, not the router's size"
     assert other.routing.strategy == "router"
     trained = trial_config(config, Trial("swapped", 2), examples=50)
     assert trained.student == config.student
@@ -293,8 +295,17 @@ def between(low, high):
 
 def test_the_verdict_says_what_the_intervals_say():
     better, worse, unsure = between(-0.3, -0.1), between(0.1, 0.2), between(-0.1, 0.2)
-    text = verdict_sentence("score", {"car": better, "oracle": worse, "knn": unsure})
-    assert "PerSyn is better than car; worse than oracle; undecided against knn" in text
-    text = verdict_sentence("score", {"knn": unsure}, detectable=0.031)
+    found = {"car": better, "oracle": worse, "knn": unsure, "strong": between(0.0, 0.0)}
+    text = verdict_sentence("score", found, seeds=2)
+    assert text.startswith("By the score, PerSyn is better than car; worse than oracle; ")
+    assert "undecided against knn; the same students as strong" in text
+    assert "prompts x seeds, corrected for 4 comparisons" in text
+    text = verdict_sentence("score", {"knn": unsure}, seeds=2, detectable=0.031)
     assert text.startswith("Undecided by the score: no strategy differs from PerSyn")
     assert "3.1 points" in text
+
+
+def test_one_seed_decides_nothing_whatever_its_prompts_say():
+    text = verdict_sentence("score", {"car": between(-0.3, -0.1)}, seeds=1)
+    assert text.startswith("Undecided by the score, because one seed")
+    assert "PerSyn's is better than car (95 % intervals over prompts alone" in text

@@ -155,8 +155,8 @@ def test_a_sweep_of_alpha_needs_the_measurements_and_the_qualities_alone():
     for alpha in (0.0, 0.25, 0.5, 1.0):
         config = RewardConfig(alpha=alpha, normalisation="min_max", scope="set")
         rewards = rewards_at(measured, [0.0, 1.0, 0.0], config)
-        # the unusable answer is put at -4: learnability 1, 1/3 and 0
-        expected = [alpha, 1 - alpha + alpha / 3, 0]
+        # learnability: 1 and 0 for the usable answers, 1 less for the other
+        expected = [alpha, 1 - alpha, -alpha]
         np.testing.assert_allclose([r.total for r in rewards], expected, atol=1e-15)
         assert [r.key for r in rewards] == ["p/a", "p/b", "p/c"]
 
@@ -216,6 +216,25 @@ def test_an_unusable_answer_is_worse_than_every_usable_one(
     worst_usable = min(r.total for r in rewards if r.usable)
     assert all(r.total < worst_usable for r in rewards if not r.usable)
     assert min(r.learnability for r in rewards) == min(v for _, v in good) - 1
+
+
+@pytest.mark.parametrize("normalisation", ["z_score", "min_max", "rank"])
+def test_a_cut_off_answer_does_not_bring_the_usable_ones_together(normalisation):
+    """Unusable answers change no usable one's learnability, however many they are."""
+    good = [answer(name, "7") for name in "abcd"]
+    bad = [answer(name, "7", "length") for name in "efg"]
+    own = [-0.2, -0.3, -0.4, -0.5]
+
+    def standardised(answers, learnability):
+        rewards = make_rewards(
+            answers, [1.0] * len(answers), learnability, [2] * len(answers), 0.4, normalisation
+        )
+        return [r.learnability_standardised for r in rewards]
+
+    alone = standardised(good, own)
+    beside = standardised(good + bad, [*own, np.nan, -0.1, -9.0])
+    assert beside[:4] == alone
+    assert beside[4:] == [min(alone) - 1] * 3
 
 
 def test_where_all_are_unusable_they_tie():
