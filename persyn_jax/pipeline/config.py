@@ -134,7 +134,8 @@ class RoutingConfig(StrategyConfig):
     strategy: StrategyName = "router"
     """`oracle` needs the answers of all teachers to all prompts in the answer store."""
     refuse_licences: list[str] = Field(default_factory=list)
-    """Licences of teachers that the student's own forbids: those teachers are never asked."""
+    """Licences of teachers that the student's own forbids: no prompt is routed to them. Calibration
+    asks all `teachers`; one that must not be asked at all is left out there."""
     least_margin: Annotated[float, Field(ge=0)] | None = None
     """A prompt whose best score is less than this above the second goes to the best constant
     teacher; null: none does."""

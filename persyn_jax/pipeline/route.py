@@ -2,14 +2,13 @@
 will cost is known before they are asked for."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from persyn_jax.pipeline.config import RoutingConfig
-from persyn_jax.records import Answer, Prompt, Reward, Route
+from persyn_jax.records import Answer, Prompt, Route
 from persyn_jax.routing.optimal_cost import expected_usd, pareto_curve, thin
-from persyn_jax.routing.preferences import Term, reward_matrix
 from persyn_jax.routing.selection import Limits, keep_limits, licence_gate, scores
 from persyn_jax.routing.strategies import Asked, Calibration, score_by_source
 from persyn_jax.sampling.config import TeacherConfig
@@ -108,24 +107,6 @@ def make_limits(
         most_share_M=share_M if config.most_share else None,
         budget=config.budget_usd if in_usd else config.budget_tokens,
         cost_NM=expected.usd_NM if in_usd else expected.tokens_NM,
-    )
-
-
-def make_calibration(
-    prompts: Sequence[Prompt],
-    rewards: Sequence[Reward],
-    teachers: Sequence[str],
-    state_ND: np.ndarray,
-) -> Calibration:
-    """What the rewards of the calibration prompts say. state_ND: the backbone's, of each prompt."""
-    ids = [prompt.id for prompt in prompts]
-    matrix = {term: reward_matrix(rewards, ids, teachers, term) for term in get_args(Term)}
-    return Calibration(
-        total_NM=matrix["total"],
-        source_N=[prompt.source for prompt in prompts],
-        feature_ND=state_ND,
-        quality_NM=matrix["quality"],
-        learnability_NM=matrix["learnability"],
     )
 
 

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import fastapi
@@ -24,6 +24,7 @@ from persyn_jax.config import ConfigError
 from persyn_jax.pipeline.config import RunConfig
 from persyn_jax.pipeline.run import Run
 from persyn_jax.records import Message
+from persyn_jax.routing.selection import licence_gate
 from persyn_jax.sampling.answering import unless_disconnected
 from persyn_jax.sampling.config import ServiceConfig, TeacherConfig, teacher_messages
 from persyn_jax.sampling.http_limits import HttpLimits, Room, read_api_key
@@ -121,9 +122,18 @@ def find_teachers(config: RunConfig, names: Sequence[str], own_service: Callable
 
 
 def create_router_app(
-    name: str, choose: Choose, teachers: Sequence[Asked], limits: ServiceConfig, room: Room
+    name: str,
+    choose: Choose,
+    teachers: Sequence[Asked],
+    limits: ServiceConfig,
+    room: Room,
+    refuse_licences: Collection[str] = (),
 ) -> fastapi.FastAPI:
-    """The HTTP application. One request at a time is routed; any number wait for teachers."""
+    """The HTTP application. One request at a time is routed; any number wait for teachers.
+
+    refuse_licences: as in `RoutingConfig`. Raises ConfigError where no teacher remains.
+    """
+    allowed_M = licence_gate([asked.teacher.licence for asked in teachers], refuse_licences)
     app = fastapi.FastAPI(title="persyn_jax router", docs_url=None, redoc_url=None)
     app.add_middleware(HttpLimits, config=limits, room=room, api_key=read_api_key(limits))
     routing = asyncio.Lock()
@@ -135,7 +145,7 @@ def create_router_app(
                 coefficients = await asyncio.to_thread(choose, messages)
             except ConfigError as error:
                 raise RequestError(400, f"messages: {error}", "messages") from None
-        return coefficients, teachers[int(np.argmax(coefficients))]
+        return coefficients, teachers[int(np.where(allowed_M, coefficients, -np.inf).argmax())]
 
     @app.exception_handler(fastapi.exceptions.RequestValidationError)
     async def invalid(_, error: Any) -> JSONResponse:
@@ -242,6 +252,9 @@ def run_router(run: Run, listener: Any, ready: Callable[[], None]) -> None:
     teachers = find_teachers(run.config, names, run.own_service)
     limits = run.config.service or ServiceConfig(model=run.config.router_backbone)
     room = Room(_ROOM)
-    app = create_router_app(f"router-{run.config.run.name}", choose, teachers, limits, room)
+    refused = run.config.routing.refuse_licences
+    app = create_router_app(
+        f"router-{run.config.run.name}", choose, teachers, limits, room, refused
+    )
     ready()
     Server(app, room, limits.max_header_bytes, limits.drain_seconds).run([listener])

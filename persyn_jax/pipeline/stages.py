@@ -139,11 +139,11 @@ def _route(run: Run, _: Path) -> dict[str, Any]:
     import numpy as np
 
     from persyn_jax.models import router
-    from persyn_jax.pipeline.route import expect_cost, make_calibration, route, summary_lines
+    from persyn_jax.pipeline.route import expect_cost, route, summary_lines
     from persyn_jax.pipeline.states import kept_states
     from persyn_jax.pipeline.train_router import split_calibration
     from persyn_jax.routing.preferences import reward_matrix
-    from persyn_jax.routing.strategies import Asked
+    from persyn_jax.routing.strategies import Asked, make_calibration
 
     config, mesh = run.config, run.mesh()
     prompts = run.read(PROMPTS, Prompt)
@@ -155,7 +155,8 @@ def _route(run: Run, _: Path) -> dict[str, Any]:
     # No strategy may know more than the router, which was judged by the others.
     taught_N = split_calibration(calibration, config.router.held_out, config.run.seed)[0]
     taught = [calibration[n] for n in taught_N]
-    seen = make_calibration(taught, rewards, names, state_ND[taught_N])
+    metric = config.rewards.learnability
+    seen = make_calibration(taught, rewards, names, state_ND[taught_N], metric)
     if rest:
         backbone, seed = config.router_backbone, config.run.seed
         rest_ND = kept_states(run.folder / STATES, run.folder / ROUTER, backbone, seed, rest, mesh)

@@ -94,6 +94,8 @@ class StudyConfig(RunConfig):
                 "study.strategies: family_strong needs routing.family, the teachers of the "
                 "student's own"
             )
+        if "car" in self.study.strategies and self.rewards.learnability != "mean_log_likelihood":
+            raise ValueError("study.strategies: car needs rewards.learnability mean_log_likelihood")
         if self.training.examples is not None or self.training.seed is not None:
             raise ValueError("training.examples and training.seed: the study sets them itself")
         _check_other_model(self)

@@ -15,6 +15,7 @@ from persyn_jax.routing.strategies import (
     Calibration,
     StrategyConfig,
     StrategyName,
+    make_calibration,
     route_by_oracle,
     route_by_router,
 )
@@ -43,8 +44,6 @@ def split_calibration(records: RunRecords) -> HeldOut:
     held_out_N, seen_N = np.flatnonzero(apart), np.flatnonzero(np.invert(apart))
     ids, teachers = [prompt.id for prompt in prompts], list(records.teachers)
     total_NM = reward_matrix(records.rewards, ids, teachers)
-    quality_NM = reward_matrix(records.rewards, ids, teachers, "quality")
-    learnability_NM = reward_matrix(records.rewards, ids, teachers, "learnability")
     coefficients_of = {route.prompt_id: route.coefficients for route in records.routes}
     coefficient_NM = np.array([coefficients_of[ids[row]] for row in held_out_N])
     return HeldOut(
@@ -57,12 +56,12 @@ def split_calibration(records: RunRecords) -> HeldOut:
         ),
         total_NM=total_NM[held_out_N],
         coefficient_NM=coefficient_NM,
-        seen=Calibration(
-            total_NM=total_NM[seen_N],
-            source_N=[prompts[row].source for row in seen_N],
-            feature_ND=records.state_ND[seen_N],
-            quality_NM=quality_NM[seen_N],
-            learnability_NM=learnability_NM[seen_N],
+        seen=make_calibration(
+            [prompts[row] for row in seen_N],
+            records.rewards,
+            teachers,
+            records.state_ND[seen_N],
+            records.learnability,
         ),
     )
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from persyn_jax.records import Answer, Example, Prompt, Reward, Route, Score
+from persyn_jax.routing.learnability import MetricName
 from persyn_jax.routing.strategies import StrategyConfig
 
 
@@ -40,7 +41,7 @@ class RunRecords:
     """By stage: seconds, and whatever else was timed."""
     quality: str
     """What measured quality: `verifier`, `reward_model`, `likelihood` or `judge`."""
-    learnability: str
+    learnability: MetricName
     """Its metric, by name: see `routing.learnability`."""
     alpha: float
     """Weight of learnability in the totals."""

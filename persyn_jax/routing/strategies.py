@@ -12,7 +12,10 @@ import numpy as np
 from pydantic import Field
 
 from persyn_jax.config import ConfigError, config_class
+from persyn_jax.records import Prompt, Reward
 from persyn_jax.routing.clusters import cluster_means, nearest, unit_rows
+from persyn_jax.routing.learnability import MetricName
+from persyn_jax.routing.preferences import reward_matrix
 from persyn_jax.streams import numpy_stream
 
 StrategyName = Literal[
@@ -43,7 +46,31 @@ class Calibration(NamedTuple):
     """float64: not standardised; NaN where it is not known. `strong`, `mix`, `family_strong` and
     `car` need it."""
     learnability_NM: np.ndarray | None = None
-    """float64: mean log-likelihood under the student, in nats. `car` needs it."""
+    """float64: mean log-likelihood under the student, in nats; NaN for unusable answers. None where
+    another metric was measured. `car` needs it."""
+
+
+def make_calibration(
+    prompts: Sequence[Prompt],
+    rewards: Sequence[Reward],
+    teachers: Sequence[str],
+    feature_ND: np.ndarray,
+    metric: MetricName,
+) -> Calibration:
+    """What the rewards of these prompts say. feature_ND: of each prompt; metric: what the rewards'
+    learnability is."""
+    ids = [prompt.id for prompt in prompts]
+    likelihood_NM = None
+    if metric == "mean_log_likelihood":
+        usable = [reward for reward in rewards if reward.usable]
+        likelihood_NM = reward_matrix(usable, ids, teachers, "learnability", partial=True)
+    return Calibration(
+        total_NM=reward_matrix(rewards, ids, teachers),
+        source_N=[prompt.source for prompt in prompts],
+        feature_ND=feature_ND,
+        quality_NM=reward_matrix(rewards, ids, teachers, "quality"),
+        learnability_NM=likelihood_NM,
+    )
 
 
 class Asked(NamedTuple):
@@ -126,14 +153,20 @@ def score_by_clusters(seen: Calibration, feature_ND: np.ndarray, clusters: int) 
 def car(quality_NM: np.ndarray, learnability_NM: np.ndarray, beta: float) -> np.ndarray:
     """CAR(D, theta) = r(D) / (1 + beta * L(D, theta)) of each teacher's answers, float64[M].
 
-    arXiv 2411.07133: r(D) is the mean quality (of those known), L(D, theta) the student's mean
-    loss, so minus the mean log-likelihood. Raises ConfigError: a teacher without any known quality,
-    or 1 + beta * L not above 0, which no likelihood gives.
+    arXiv 2411.07133: r(D) is the mean quality and L(D, theta) the student's mean loss, so minus
+    the mean log-likelihood, each of the answers that have one. Raises ConfigError: a teacher
+    without any known quality or any usable answer, a mean quality below 0 (more loss would then
+    raise it), or 1 + beta * L not above 0, which no likelihood gives.
     """
-    denominator_M = 1 - beta * learnability_NM.mean(axis=0)
+    quality_M = mean_quality(quality_NM)
+    if not np.isfinite(learnability_NM).any(axis=0).all():
+        raise ConfigError("CAR needs a usable answer of every teacher")
+    denominator_M = 1 - beta * np.nanmean(learnability_NM, axis=0)
     if not (denominator_M > 0).all():
         raise ConfigError("CAR needs mean log-likelihoods, which are at most 0")
-    return mean_quality(quality_NM) / denominator_M
+    if (quality_M < 0).any():
+        raise ConfigError("CAR needs mean qualities that are not below 0, as a verifier's are")
+    return quality_M / denominator_M
 
 
 def mean_quality(quality_NM: np.ndarray) -> np.ndarray:
@@ -224,7 +257,8 @@ def _family_strong(known: Knowledge) -> np.ndarray:
 
 def _car(known: Knowledge) -> np.ndarray:
     quality_NM = _needed(known.seen.quality_NM, "car", "the quality of answers")
-    learnability_NM = _needed(known.seen.learnability_NM, "car", "mean log-likelihoods")
+    what = "mean log-likelihoods (rewards.learnability: mean_log_likelihood)"
+    learnability_NM = _needed(known.seen.learnability_NM, "car", what)
     return _everywhere(car(quality_NM, learnability_NM, known.config.car_beta), known)
 
 

@@ -113,6 +113,10 @@ def test_the_small_study_is_what_was_asked_for():
         ((*OTHER, "study.strategies=[random, car]"), "must hold router"),
         ((*OTHER, "study.seeds=[1, 1]"), "study.seeds: one is given twice"),
         ((*OTHER, "routing.family=[]"), "family_strong needs routing.family"),
+        (
+            (*OTHER, "rewards.learnability=rsr"),
+            "car needs rewards.learnability mean_log_likelihood",
+        ),
         ((*OTHER, "training.seed=1"), "the study sets them itself"),
         ((*OTHER, "study.gain_audit={teachers: [x]}"), "gain_audit.teachers: no teacher 'x', only"),
         (

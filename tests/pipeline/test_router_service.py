@@ -1,6 +1,7 @@
 """The router's service: its choices against the run's records, and what reaches the teachers."""
 
 import asyncio
+import dataclasses
 import json
 
 import httpx
@@ -30,12 +31,14 @@ def teacher(name: str, **values) -> TeacherConfig:
     return TeacherConfig(name=name, model="m", base_url="http://x/v1", licence="MIT", **values)
 
 
-def app_of(url: str, room: Room | None = None):
+def app_of(url: str, room: Room | None = None, **more):
     """Two teachers; the second is for prompts that begin with `2`."""
     first = teacher("first", sampling=SamplingConfig(temperature=0.5, max_tokens=9))
     second = teacher(
         "second", system="Be brief.", examples=[WorkedExample(question="q", answer="a")]
     )
+    if "refuse_licences" in more:
+        second = dataclasses.replace(second, licence="Llama3.1")
 
     def choose(messages):
         return [0.25, 1.5 if messages[-1]["content"].startswith("2") else -1.5]
@@ -43,7 +46,9 @@ def app_of(url: str, room: Room | None = None):
     asked = [
         router_service.Asked(t, Target(url, f"model of {t.name}", "key")) for t in (first, second)
     ]
-    return router_service.create_router_app("router-mine", choose, asked, LIMITS, room or Room(8))
+    return router_service.create_router_app(
+        "router-mine", choose, asked, LIMITS, room or Room(8), **more
+    )
 
 
 def post(app, path: str, **body) -> httpx.Response:
@@ -68,6 +73,13 @@ def test_predict_says_the_coefficients(endpoint):
     turns = ["2 apples", "and pears?"]
     assert post(app_of(endpoint.url), "/predict", prompt=turns).json()["teacher"] == "first"
     assert not endpoint.requests
+
+
+def test_a_teacher_whose_licence_is_refused_is_not_asked(endpoint):
+    app = app_of(endpoint.url, refuse_licences=["Llama3.1"])
+    reply = post(app, "/predict", prompt="2 apples").json()
+    assert reply == {"coefs": [0.25, 1.5], "teacher": "first"}
+    assert chat(app, "2 apples").headers["x-persyn-teacher"] == "first"
 
 
 def test_a_chat_reaches_the_teacher_as_its_config_says(endpoint):

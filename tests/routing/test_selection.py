@@ -11,6 +11,8 @@ from hypothesis.extra.numpy import arrays
 from scipy.optimize import linear_sum_assignment
 
 from persyn_jax.config import ConfigError
+from persyn_jax.records import Answer, Prompt
+from persyn_jax.routing.rewards import make_rewards
 from persyn_jax.routing.selection import Limits, assign_within_counts, licence_gate, select
 from persyn_jax.routing.strategies import (
     STRATEGIES,
@@ -19,6 +21,7 @@ from persyn_jax.routing.strategies import (
     StrategyConfig,
     StrategyName,
     car,
+    make_calibration,
 )
 
 TEACHERS = ["ann", "bob", "cy"]
@@ -95,6 +98,54 @@ def test_car_by_hand():
     np.testing.assert_allclose(found_M, [0.5 / 3, 0.3 / 4, 0.7 / 9])
     with pytest.raises(ConfigError, match="at most 0"):
         car(HAND.quality_NM, -HAND.learnability_NM, beta=2.0)
+    with pytest.raises(ConfigError, match="not below 0"):
+        car(HAND.quality_NM - 1, HAND.learnability_NM, beta=2.0)
+
+
+def test_car_leaves_the_loss_of_unusable_answers_out():
+    with_unusable_NM = HAND.learnability_NM.copy()
+    with_unusable_NM[1, 2] = np.nan
+    found_M = car(HAND.quality_NM, with_unusable_NM, beta=2.0)
+    np.testing.assert_allclose(found_M, [0.5 / 3, 0.3 / 4, 0.7 / 7])
+    with_unusable_NM[0, 2] = np.nan
+    with pytest.raises(ConfigError, match="usable answer of every teacher"):
+        car(HAND.quality_NM, with_unusable_NM, beta=2.0)
+
+
+def test_a_calibration_has_log_likelihoods_of_usable_answers_or_none():
+    prompts = [
+        Prompt(
+            id="p",
+            messages=[{"role": "user", "content": "?"}],
+            source="s",
+            split="calibration",
+            answer="7",
+            verifier="exact_match",
+            source_licence="MIT",
+        )
+    ]
+    answers = [
+        Answer(
+            key=name,
+            prompt_id="p",
+            teacher=name,
+            sample_index=0,
+            text="7",
+            finish_reason=reason,
+            prompt_tokens=1,
+            completion_tokens=1,
+            usd=None,
+            licence="MIT",
+            error=None,
+        )
+        for name, reason in (("a", "stop"), ("b", "length"))
+    ]
+    rewards = make_rewards(answers, [1.0, 0.0], [-2.0, -0.1], [1, 1], alpha=0.4)
+    given = prompts, rewards, ["a", "b"], np.ones((1, 3))
+    of_likelihoods = make_calibration(*given, "mean_log_likelihood")
+    np.testing.assert_array_equal(of_likelihoods.learnability_NM, [[-2.0, np.nan]])
+    np.testing.assert_array_equal(of_likelihoods.quality_NM, [[1.0, 0.0]])
+    assert make_calibration(*given, "rsr").learnability_NM is None
 
 
 @given(st.floats(0, 1), st.integers(0, 3))
