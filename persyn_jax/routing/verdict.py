@@ -132,14 +132,3 @@ def _needed(difference: Interval, held_out: int) -> str:
     half_width = (difference.high - difference.low) / 2
     needed = max(math.ceil(held_out * (half_width / difference.mean) ** 2), held_out + 1)
     return f"about {needed:,} prompts are needed to show a difference of this size"
-
-
-def strictly_best_share(quality_NM: np.ndarray) -> np.ndarray:
-    """Each teacher's share of prompts on which its quality is above every other's, float64[M].
-
-    Prompts with an unknown quality (NaN) are left out; all shares are 0 where none remains.
-    """
-    known_NM = quality_NM[~np.isnan(quality_NM).any(axis=1)]
-    best_NM = known_NM == known_NM.max(axis=1, keepdims=True)
-    strictly_best_NM = best_NM & (best_NM.sum(axis=1, keepdims=True) == 1)
-    return strictly_best_NM.sum(axis=0) / max(len(known_NM), 1)

@@ -12,7 +12,6 @@ from persyn_jax.routing.verdict import (
     hit_at_k,
     judge_router,
     regret_per_prompt,
-    strictly_best_share,
     verdict_sentence,
 )
 
@@ -178,20 +177,3 @@ def test_the_sentence(difference, held_out, opening):
     assert f"{mean}, 95 % interval {low} to {high}, {held_out} held-out prompts" in sentence
     assert sentence.endswith(".")
     assert "\n" not in sentence
-
-
-# Strictly best
-
-
-def test_strictly_best_leaves_ties_and_unknown_qualities_out():
-    quality_NM = np.array(
-        [
-            [1.0, 0.0, 0.0],
-            [1.0, 1.0, 0.0],
-            [0.0, 0.0, 0.0],
-            [0.2, 0.5, 0.9],
-            [np.nan, np.nan, np.nan],
-        ]
-    )
-    assert strictly_best_share(quality_NM).tolist() == [0.25, 0.0, 0.25]
-    assert strictly_best_share(quality_NM[4:]).tolist() == [0.0, 0.0, 0.0]
