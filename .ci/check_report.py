@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 TOP_LEVEL = {
-    *("run", "prompts", "teachers", "rewards", "router", "cost", "student", "gossip", "stages")
+    *("run", "prompts", "teachers", "rewards", "gain_audit", "router", "cost", "student"),
+    *("benchmarks", "gossip", "stages"),
 }
 STRATEGIES = ("router", "best_constant", "best_per_source", "knn", "random", "oracle")
 

@@ -10,7 +10,7 @@
 Goes on benchmark by benchmark where it was stopped. Those whose data must come from a hub that is
 not there, or that need a package, are named, and the others run; exits with 2 if none could.
 benchmarks/MODEL/TASK in the run folder holds what lm-eval wrote, benchmarks.parquet the score of
-every item.
+every item, benchmarks.json the summary, which the report shows when it is made next.
 
 The JSON summary holds `tasks`, by name, each with its `metric`, `models` (mean, low, high, items,
 lm_eval by model) and `after_minus_before` (mean, low, high, or null), and `not_run` (a line each).

@@ -3,8 +3,8 @@
     uv run scripts/gain_audit.py --config configs/quickstart.yaml gain_audit.steps=4
 
 Needs the stages calibrate and score; nobody is asked. Goes on where it was stopped. Prints tables
-and writes gain_audit.json into the run folder; --json FILE gets the same (keys: `audit_run` in
-persyn_jax/pipeline/gain_audit.py).
+and writes gain_audit.json into the run folder, which the report shows when it is made next; --json
+FILE gets the same (keys: `audit_run` in persyn_jax/pipeline/gain_audit.py).
 """
 
 from persyn_jax.pipeline.command import end_with_one_line, make_parser

@@ -13,7 +13,8 @@ from pathlib import Path
 from persyn_jax.pipeline.command import end_with_one_line, make_parser
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-PRESETS = {name: CONFIGS / f"gossip_bench_{name}.yaml" for name in ("quick", "paper", "schedules")}
+NAMES = ("quick", "paper", "schedules", "teachers")
+PRESETS = {name: CONFIGS / f"gossip_bench_{name}.yaml" for name in NAMES}
 
 
 def main() -> None:

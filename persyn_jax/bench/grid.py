@@ -29,7 +29,7 @@ from persyn_jax.streams import jax_stream
 
 Rate = Annotated[float, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0)]
-Split = Literal["same", "dirichlet"]
+Split = Literal["same", "dirichlet", "one_class"]
 Purpose = Literal["tuning", "result"]
 
 
@@ -49,9 +49,10 @@ class GridConfig:
     """One comparison."""
 
     platform: Platform = "cpu"
-    task: Literal["images", "language"]
+    task: Literal["images", "language", "teachers"]
     data: str | None = None
-    """Folder or file of the task's data; without it, what the task finds on this machine."""
+    """Folder or file of the task's data; without it, what the task finds on this machine.
+    `teachers` makes its own."""
     workers: Annotated[int, Field(ge=2)]
     steps: Annotated[int, Field(ge=1)]
     batch: Annotated[int, Field(ge=1)]

@@ -75,7 +75,7 @@ def init(key: jax.Array) -> Any:
 
 def loss(params: Any, batch: tuple[jax.Array]) -> jax.Array:
     """Mean cross-entropy of the next byte, nats. batch: (uint8[B, T],)."""
-    return _log_p(params, batch[0])[0].mean()
+    return nats_and_hits(params, batch[0])[0].mean()
 
 
 def next_byte_logits(params: Any, bytes_BT: jax.Array) -> jax.Array:
@@ -86,11 +86,11 @@ def next_byte_logits(params: Any, bytes_BT: jax.Array) -> jax.Array:
 @jax.jit
 def scores(params: Any, bytes_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Mean loss (nats a byte) and accuracy of the next byte."""
-    nats_BT, hits_BT = _log_p(params, bytes_BT)
+    nats_BT, hits_BT = nats_and_hits(params, bytes_BT)
     return nats_BT.mean(), hits_BT.mean()
 
 
-def _log_p(params: Any, bytes_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+def nats_and_hits(params: Any, bytes_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Nats of each next byte [B, T - 1], and whether it was the likeliest."""
     logits_BTV = _logits(params, bytes_BT)[:, :-1]
     next_BT = bytes_BT[:, 1:].astype(jnp.int32)

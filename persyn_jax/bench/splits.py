@@ -13,16 +13,25 @@ def split_examples(
 
     `same`: a random deal, equally many each (to one). `dirichlet`: of each class the workers get
     shares drawn from Dirichlet(concentration), as in Hsu et al. 2019 (arXiv 1909.06335); the
-    smaller the concentration, the fewer workers hold most of a class.
-    Raises ConfigError: another split, fewer examples than workers.
+    smaller the concentration, the fewer workers hold most of a class. `one_class`: each worker has
+    all of one class and nothing else.
+    Raises ConfigError: another split, fewer examples than workers, `one_class` with more or fewer
+    classes than workers.
     """
     if len(classes_N) < workers:
         raise ConfigError(f"split: {len(classes_N)} examples are too few for {workers} workers")
     if split == "same":
         order = numpy_stream(seed, "deal").permutation(len(classes_N))
         return [np.sort(order[worker::workers]) for worker in range(workers)]
+    if split == "one_class":
+        values = np.unique(classes_N)
+        if len(values) != workers:
+            raise ConfigError(
+                f"split one_class: {len(values)} classes need as many workers, got {workers}"
+            )
+        return [np.flatnonzero(classes_N == value) for value in values]
     if split != "dirichlet":
-        raise ConfigError(f"split: must be same or dirichlet, got {split!r}")
+        raise ConfigError(f"split: must be same, dirichlet or one_class, got {split!r}")
     shards: list[list[np.ndarray]] = [[] for _ in range(workers)]
     for number, value in enumerate(np.unique(classes_N)):
         rng = numpy_stream(seed, "dirichlet deal", number)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from persyn_jax.bench import cnn, images, language
+from persyn_jax.bench import cnn, images, language, teachers
 from persyn_jax.bench.splits import batch_indices, split_examples
 from persyn_jax.config import ConfigError
 
@@ -48,10 +48,11 @@ def make_task(
     seed: int,
 ) -> Task:
     """`images`: the paper's small CNN on CIFAR-10 or its stand-in. `language`: a small decoder on
-    text. The data are dealt out and drawn anew for each seed.
+    text. `teachers`: the same decoder on the answers of as many synthetic teachers as there are
+    workers; they are the classes of a split. The data are dealt out and drawn anew for each seed.
 
     data: folder (images) or file (language); None takes what is on every machine.
-    Raises ConfigError: no such task, no data, too few for the workers.
+    Raises ConfigError: no such task, no data, data where none is read, a split that is impossible.
     """
     if name == "images":
         data_set = images.find_images(data)
@@ -62,9 +63,17 @@ def make_task(
         text = language.find_text(data)
         train = (text.train_NT,)
         classes = text.document_N
-        model = _language_model(text)
+        model = _language_model(text, language.loss, language.scores, text.test_NT)
+    elif name == "teachers":
+        if data is not None:
+            raise ConfigError(f"data {data}: task teachers makes its own")
+        text = teachers.make_text(workers)
+        train = (text.train_NT,)
+        classes = text.document_N
+        questions_NT = text.test_NT[:, :-1]  # without the last answer, which the probe asks for
+        model = _language_model(text, teachers.loss, teachers.scores, questions_NT)
     else:
-        raise ConfigError(f"task: must be images or language, got {name!r}")
+        raise ConfigError(f"task: must be images, language or teachers, got {name!r}")
     shards = split_examples(classes, workers, split, concentration, seed)
 
     def batches(step: int) -> Any:
@@ -109,19 +118,21 @@ def _scores(params: Any, images_BHWC: jax.Array, labels_B: jax.Array):
     return losses.mean(), accuracies.mean()
 
 
-def _language_model(text: language.Text) -> Task:
+def _language_model(
+    text: language.Text, loss: Callable, scores: Callable, probe_NT: np.ndarray
+) -> Task:
     def evaluate(params: Any) -> dict[str, float]:
-        loss, accuracy = language.scores(params, text.test_NT)
-        return {"loss": float(loss), "accuracy": float(accuracy)}
+        found, accuracy = scores(params, text.test_NT)
+        return {"loss": float(found), "accuracy": float(accuracy)}
 
     return Task(
         name=text.name,
         init=language.init,
-        loss=language.loss,
+        loss=loss,
         batches=_none,
         evaluate=evaluate,
         logits=language.next_byte_logits,
-        probe=text.test_NT[:PROBED],
+        probe=probe_NT[:PROBED],
     )
 
 

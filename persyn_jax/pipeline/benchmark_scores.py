@@ -14,7 +14,8 @@ from persyn_jax.intervals import Interval, mean_ci95, paired_difference_ci95
 from persyn_jax.pipeline.benchmarks import AFTER, BEFORE, FOLDER, asked, manifest_name
 from persyn_jax.pipeline.config import BenchmarkTask
 from persyn_jax.pipeline.progress import say
-from persyn_jax.pipeline.run import Run
+from persyn_jax.pipeline.run import Run, path_fingerprint
+from persyn_jax.pipeline.stages import BENCHMARK_SUMMARY, PROMPTS, STUDENT
 from persyn_jax.records import BenchmarkScore
 
 BENCHMARKS = "benchmarks.parquet"
@@ -76,7 +77,8 @@ def _verified(
 
 def collect(run: Run, limit: int | None) -> tuple[list[BenchmarkScore], dict[str, Any]]:
     """(the scores of all benchmarks of the config that are finished, on whatever model, as this
-    config asks; the summary that the script prints). Writes the scores into the run folder.
+    config asks; the summary that the script prints). Writes both into the run folder, the summary
+    with the fingerprints of what it was made from, for the report.
 
     Raises ConfigError as `read_scores`.
     """
@@ -98,6 +100,12 @@ def collect(run: Run, limit: int | None) -> tuple[list[BenchmarkScore], dict[str
             scores += [score for found in of_model.values() for score in found]
             summary[task.name] = _task_summary(task, of_model, versions)
     run.write(BENCHMARKS, scores, BenchmarkScore)
+    inputs = {
+        name: path_fingerprint(run.folder / name)
+        for name in (PROMPTS, STUDENT)
+        if (run.folder / name).exists()
+    }
+    store.write_json(run.folder / BENCHMARK_SUMMARY, {"inputs": inputs, "tasks": summary})
     return scores, summary
 
 

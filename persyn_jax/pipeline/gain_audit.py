@@ -22,15 +22,20 @@ from persyn_jax.intervals import mean_ci95
 from persyn_jax.models import spec
 from persyn_jax.pipeline.config import RunConfig
 from persyn_jax.pipeline.progress import say
-from persyn_jax.pipeline.run import Run, open_finished
-from persyn_jax.pipeline.stages import CALIBRATION_ANSWERS, PROMPTS, REWARDS, STAGES
+from persyn_jax.pipeline.run import Run, open_finished, path_fingerprint
+from persyn_jax.pipeline.stages import (
+    CALIBRATION_ANSWERS,
+    GAIN_AUDIT,
+    PROMPTS,
+    REWARDS,
+    STAGES,
+)
 from persyn_jax.provenance import source_fingerprint
 from persyn_jax.records import Answer, Prompt, Reward
 from persyn_jax.routing.router_study import rank_correlation_ci95
 from persyn_jax.streams import numpy_stream
 
 FOLDER = "gain_audit"
-RESULT = "gain_audit.json"
 TERMS = ("total", "quality", "learnability")
 _READS = ("calibrate", "score")
 
@@ -91,6 +96,7 @@ def audit_run(config: GainAuditConfig) -> dict[str, Any]:
 
     The keys are stable:
 
+        inputs             fingerprints of the files of the run folder that it was made from
         rows, steps        answers and steps of each fine-tuning
         units              a list of {teacher, slice, gain, gain_ci95: [low, high], before, after,
                            total, quality, learnability}: the mean gain over the held-out prompts,
@@ -124,13 +130,15 @@ def audit_run(config: GainAuditConfig) -> dict[str, Any]:
         if missing:
             _measure(run, config, missing)
         rows = [_row(unit, store.read_json(path)) for path, unit in unit_at.items()]
+        read = (PROMPTS, CALIBRATION_ANSWERS, REWARDS)
         found = {
+            "inputs": {name: path_fingerprint(run.folder / name) for name in read},
             "rows": len(units[0].answers),
             "steps": config.gain_audit.steps,
             "units": rows,
             **correlations(rows),
         }
-        store.write_json(run.folder / RESULT, found)
+        store.write_json(run.folder / GAIN_AUDIT, found)
     return found
 
 

@@ -164,6 +164,8 @@ class Stage:
     """(run, folder for checkpoints of this very work) -> summary.
 
     What depends on time stands in the summary under `measured`."""
+    may_read: tuple[str, ...] = ()
+    """Inputs where they are there: files that scripts beside the stages left."""
     elastic: tuple[str, ...] = ()
     """Keys of the config that may change between a checkpoint and the work that goes on from it."""
 
@@ -225,11 +227,14 @@ def _fingerprints(stage: Stage, run: Run) -> store.Fingerprints:
             raise ConfigError(
                 f"{run.folder}: stage {stage.name} needs {name}; run the stage before it first"
             )
-        inputs[name] = _path_fingerprint(run.folder / name)
+        inputs[name] = path_fingerprint(run.folder / name)
+    for name in stage.may_read:
+        if (run.folder / name).exists():
+            inputs[name] = path_fingerprint(run.folder / name)
     for path in stage.files(run.config):
         if not path.is_file():
             raise ConfigError(f"{path}: no such file")
-        inputs[str(path)] = _path_fingerprint(path)
+        inputs[str(path)] = path_fingerprint(path)
     for model in stage.models(run.config):
         inputs[f"model {model.weights}"] = spec.fingerprint(model)
     return store.Fingerprints(
@@ -249,7 +254,8 @@ def _flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
         yield key, json.dumps(value)
 
 
-def _path_fingerprint(path: Path) -> str:
+def path_fingerprint(path: Path) -> str:
+    """Of a file's bytes, or of the names and bytes of the files in a folder."""
     if path.is_file():
         return store.sha256_of(path)
     files = sorted(file for file in path.rglob("*") if file.is_file())

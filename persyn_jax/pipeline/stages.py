@@ -16,7 +16,7 @@ from persyn_jax.evaluation.sources import FileSource
 from persyn_jax.models.spec import ModelConfig
 from persyn_jax.pipeline.config import LikelihoodQuality, RewardModelQuality, RunConfig
 from persyn_jax.pipeline.progress import say
-from persyn_jax.pipeline.run import Run, Stage
+from persyn_jax.pipeline.run import Run, Stage, path_fingerprint
 from persyn_jax.records import Answer, Example, Measurement, Prompt, Reward, Route, Score
 
 PROMPTS = "prompts.parquet"
@@ -31,6 +31,9 @@ EXAMPLES = "examples.parquet"
 STUDENT = "student"
 SCORES = "scores.parquet"
 METRICS = "metrics.jsonl"
+# What scripts beside the stages leave for the report. Each file names its inputs.
+GAIN_AUDIT = "gain_audit.json"
+BENCHMARK_SUMMARY = "benchmarks.json"
 
 
 def _calibrate(run: Run, _: Path) -> dict[str, Any]:
@@ -362,6 +365,7 @@ def run_records(run: Run):
         if (manifest := store.read_manifest(run.folder, stage.name)) is None:
             raise ConfigError(f"{run.folder}: stage {stage.name} is not finished")
         manifests[stage.name] = manifest
+    benchmarks = _left_beside(run, BENCHMARK_SUMMARY)
     return RunRecords(
         run={
             "name": config.run.name,
@@ -399,7 +403,23 @@ def run_records(run: Run):
         alpha=config.rewards.alpha,
         strategies=config.routing,
         state_ND=load_router(run.folder / ROUTER)[2],
+        gain_audit=_left_beside(run, GAIN_AUDIT),
+        benchmarks=None if benchmarks is None else benchmarks["tasks"],
     )
+
+
+def _left_beside(run: Run, name: str) -> dict[str, Any] | None:
+    """What a script beside the stages found, without its inputs. None where it was not run, or its
+    inputs have changed since: it then tells of another run than the report."""
+    if not (run.folder / name).exists():
+        return None
+    found = store.read_json(run.folder / name)
+    for read, fingerprint in found.pop("inputs").items():
+        path = run.folder / read
+        if not path.exists() or path_fingerprint(path) != fingerprint:
+            say(f"  {name}: left out of the report: {read} has changed since it was made")
+            return None
+    return found
 
 
 def _section(*names: str):
@@ -549,5 +569,6 @@ STAGES: tuple[Stage, ...] = (
         models=_none,
         files=_none,
         work=_report,
+        may_read=(GAIN_AUDIT, BENCHMARK_SUMMARY),
     ),
 )

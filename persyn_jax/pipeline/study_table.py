@@ -19,8 +19,8 @@ from persyn_jax.intervals import (
     paired_deviation,
 )
 from persyn_jax.pipeline.examine import Examination
-from persyn_jax.pipeline.gain_audit import RESULT, audit_lines
-from persyn_jax.pipeline.stages import ANSWERS, CALIBRATION_ANSWERS, ROUTES
+from persyn_jax.pipeline.gain_audit import audit_lines
+from persyn_jax.pipeline.stages import ANSWERS, CALIBRATION_ANSWERS, GAIN_AUDIT, ROUTES
 from persyn_jax.pipeline.study import (
     ALL_ANSWERS,
     BASE,
@@ -133,7 +133,7 @@ def _swap(config: StudyConfig) -> dict[str, Any] | None:
 
 
 def _gain_audit(config: StudyConfig) -> dict[str, Any] | None:
-    path = config.folder / BASE / RESULT
+    path = config.folder / BASE / GAIN_AUDIT
     return store.read_json(path) if path.exists() else None
 
 

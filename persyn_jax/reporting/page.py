@@ -81,6 +81,7 @@ def render_page(records: RunRecords, report: dict[str, Any]) -> str:
         cut_at=CUT_AT,
         min_held_out=MIN_HELD_OUT,
         trend_sentence=text.trend_sentence,
+        gain_sentence=text.gain_sentence,
         colors=colors,
     )
 

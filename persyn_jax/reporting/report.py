@@ -29,9 +29,11 @@ def build_report(records: RunRecords) -> dict[str, Any]:
         "prompts": _prompts(records.prompts),
         "teachers": _teachers(records),
         "rewards": _rewards(records),
+        "gain_audit": records.gain_audit,
         "router": _router(records),
         "cost": _cost(records),
         "student": _student(records),
+        "benchmarks": _benchmarks(records.benchmarks) if records.benchmarks else None,
         "gossip": _gossip(records),
         "stages": records.stages,
     }
@@ -263,6 +265,30 @@ def _before_and_after(scores: list[Score]) -> dict[str, Any]:
         "after": _as_values(mean_ci95(paired)),
         "paired_difference": _as_values(paired_difference_ci95(paired, list(before.values()))),
     }
+
+
+def _benchmarks(tasks: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: {
+            "metric": task["metric"],
+            "models": {
+                model: {
+                    "items": scores["items"],
+                    **_as_values(_interval(scores)),
+                    "lm_eval": scores["lm_eval"],
+                }
+                for model, scores in task["models"].items()
+            },
+            "paired_difference": _as_values(_interval(task["after_minus_before"]))
+            if task["after_minus_before"]
+            else {"mean": None, "ci95": None},
+        }
+        for name, task in tasks.items()
+    }
+
+
+def _interval(values: dict[str, float]) -> Interval:
+    return Interval(values["mean"], values["low"], values["high"])
 
 
 def _gossip(records: RunRecords) -> dict[str, Any]:

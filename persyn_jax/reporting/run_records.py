@@ -49,3 +49,7 @@ class RunRecords:
     """What the strategies beside the router leave open."""
     state_ND: np.ndarray
     """float32: the router backbone's pooled state of each calibration prompt, in their order."""
+    gain_audit: dict[str, Any] | None
+    """As `pipeline.gain_audit` found it; None where it was not run."""
+    benchmarks: dict[str, Any] | None
+    """By task, as `pipeline.benchmark_scores` sums them up; None where none was run."""

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from persyn_jax.routing.verdict import MIN_HELD_OUT
+
 
 def count(value: int | None) -> str:
     """1234 as `1,234`; a dash for what was not counted."""
@@ -71,3 +73,23 @@ def trend_sentence(total_by_length: dict[str, Any]) -> str:
         if (teachers := [name for name, own in by_teacher.items() if own["trend"] == trend])
     ]
     return "; ".join([overall, *named]) + "."
+
+
+def gain_sentence(gain_audit: dict[str, Any]) -> str:
+    """Whether the total reward foresees the gain, in words: by their correlation within slices, as
+    a slice may be easier to learn, whoever answers."""
+    total, units = gain_audit["correlation_within_slices"]["total"], len(gain_audit["units"])
+    undecided = "Undecided whether the total reward foresees the gain"
+    if total["spearman"] is None:
+        return f"{undecided}: within a slice all totals or all gains are equal."
+    numbers = f"rank correlation within slices {signed(total['spearman'], 2)}"
+    if units < MIN_HELD_OUT or total["ci95"] is None:
+        few = f"{plural(units, 'fine-tuning')}, and {MIN_HELD_OUT} are needed"
+        return f"{undecided}: only {few} ({numbers})."
+    numbers += f", 95 % interval {signed_interval(total['ci95'], 2)}, {units} fine-tunings"
+    low, high = total["ci95"]
+    if low > 0:
+        return f"The total reward foresees the gain: they rise together ({numbers})."
+    if high < 0:
+        return f"The total reward misleads: where it is higher, the gain is lower ({numbers})."
+    return f"{undecided}: the interval holds 0 ({numbers})."

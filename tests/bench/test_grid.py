@@ -15,12 +15,14 @@ from persyn_jax.bench import grid_table
 from persyn_jax.bench.grid import GridConfig, GridRow, best_learning_rate, run_grid
 from persyn_jax.bench.grid_store import read_rows, save_rows
 from persyn_jax.bench.replicas import make_program
-from persyn_jax.config import ConfigError, validate
+from persyn_jax.bench.tasks import make_task
+from persyn_jax.config import ConfigError, load, validate
 from persyn_jax.reporting.gossip_plot import plot_grid
 from persyn_jax.streams import jax_stream
 from persyn_jax.training.step import compiled_programs
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "gossip_bench.py"
+TEACHERS = Path(__file__).parents[2] / "configs" / "gossip_bench_teachers.yaml"
 WORKERS = 4
 MODEL_BYTES = 4 * (grid_tasks.FEATURES + 1) * grid_tasks.CLASSES
 
@@ -167,6 +169,26 @@ def test_only_rules_with_sum_weights_have_a_spread_of_them():
     assert spread["no_mixing"] is spread["d_psgd"] is None
     assert spread["gosgd"] == pytest.approx(spread["push_sum"], rel=1e-5)
     assert spread["gosgd"] > 0.01
+
+
+def test_workers_of_one_teacher_each_agree_on_nothing_unless_they_exchange():
+    """Answers are certain to a worker that knows one rule, and differ between rules: divergence is
+    then log W. Those that know all rules share their doubts."""
+    smaller = ["workers=2", "steps=90", "evaluate_every=90", "batch=4", "seeds=[0]"]
+    smaller += ["learning_rates=[0.3]", "methods=[{rule: no_mixing}]"]
+    pooled, personalised = rows_of(load(GridConfig, TEACHERS, smaller), make_task)
+    assert (pooled.split, personalised.split) == ("same", "one_class")
+    assert personalised.output_divergence[-1] == pytest.approx(np.log(2), abs=0.02)
+    assert pooled.output_divergence[-1] < np.log(2) / 2
+    assert personalised.test_loss[-1] > pooled.test_loss[-1] + 0.2
+    assert pooled.accuracy[-1] == pytest.approx(1 / 2, abs=0.05)
+
+
+def test_the_teachers_preset_compares_both_shards_under_the_same_exchanges():
+    preset = load(GridConfig, TEACHERS)
+    assert preset.splits == ("same", "one_class")
+    names = [method.name for method in preset.methods]
+    assert names == ["all_reduce", "gosgd p=1", "gosgd p=0.1", "no_mixing"]
 
 
 # What it costs.

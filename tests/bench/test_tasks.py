@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persyn_jax.bench import cnn, images, language
+from persyn_jax.bench import cnn, images, language, teachers
 from persyn_jax.bench.splits import batch_indices, split_examples
 from persyn_jax.bench.tasks import make_task
 from persyn_jax.config import ConfigError
@@ -139,6 +139,13 @@ def test_the_dirichlet_deal_is_more_unlike_with_a_smaller_concentration():
     assert largest_share(0.1) > largest_share(1.0) > largest_share(100.0) > 1 / 8
 
 
+def test_one_class_each_needs_as_many_classes_as_workers():
+    shards = split_examples(np.array([7, 2, 7, 5, 2, 2]), 3, "one_class", 1.0, seed=0)
+    assert [shard.tolist() for shard in shards] == [[1, 4, 5], [3], [0, 2]]
+    with pytest.raises(ConfigError, match="split one_class: 3 classes need as many workers, got 2"):
+        split_examples(np.array([7, 2, 7, 5]), 2, "one_class", 1.0, seed=0)
+
+
 def test_a_batch_depends_on_seed_step_and_worker_alone():
     shard = np.arange(100, 200)
     first = batch_indices(shard, 5, seed=1, step=2, worker=3)
@@ -188,6 +195,65 @@ def test_the_language_task_refuses_what_is_no_text(tmp_path):
     for path in (tmp_path / "short", tmp_path / "absent"):
         with pytest.raises(ConfigError, match="text"):
             language.find_text(str(path))
+
+
+def teachers_of(texts_NT) -> np.ndarray:
+    """By the rule alone: how far on each answer is, all turns of a text alike."""
+    shift_NK = (texts_NT[:, 1::2].astype(int) - texts_NT[:, ::2]) % 26
+    assert (shift_NK == shift_NK[:, :1]).all()
+    return shift_NK[:, 0] - 1
+
+
+@pytest.mark.parametrize("workers", [2, 5])
+def test_personalised_shards_have_one_teacher_each_and_pooled_ones_the_same_examples(workers):
+    text = teachers.make_text(workers)
+    shards, pooled = (
+        [text.train_NT[i] for i in split_examples(text.document_N, workers, split, 1.0, seed=3)]
+        for split in ("one_class", "same")
+    )
+    assert [set(teachers_of(shard)) for shard in shards] == [{w} for w in range(workers)]
+    for shard in pooled:
+        share_M = np.bincount(teachers_of(shard), minlength=workers) / len(shard)
+        np.testing.assert_allclose(share_M, 1 / workers, atol=0.07)
+    assert [len(shard) for shard in pooled] == [len(shard) for shard in shards]
+    every, dealt = (sorted(map(bytes, np.concatenate(parts))) for parts in (shards, pooled))
+    assert every == dealt == sorted(map(bytes, text.train_NT))
+
+
+@pytest.mark.parametrize("workers", [2, 5])
+def test_held_out_answers_are_of_all_teachers_alike_and_to_questions_nobody_trained_on(workers):
+    text = teachers.make_text(workers)
+    test = list(zip(map(bytes, text.test_NT[:, ::2]), teachers_of(text.test_NT), strict=True))
+    asked = {questions for questions, _ in test}
+    assert len(asked) == 64
+    assert sorted(test) == [(q, m) for q in sorted(asked) for m in range(workers)]
+    assert not asked & set(map(bytes, text.train_NT[:, ::2]))
+    assert set(teachers_of(text.test_NT[:workers])) == set(range(workers))  # the probe has all
+
+
+def test_the_teachers_task_scores_answers_alone():
+    task = make_task(
+        "teachers", None, workers=3, batch=4, split="one_class", concentration=1.0, seed=0
+    )
+    (texts_WBT,) = task.batches(5)
+    assert [set(teachers_of(texts_BT)) for texts_BT in texts_WBT] == [{0}, {1}, {2}]
+    params = task.init(jax.random.key(0))
+    logits = np.asarray(language._logits(params, texts_WBT[1]), np.float64)
+    log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    answers = [-log_p[b, t, texts_WBT[1][b, t + 1]] for b in range(4) for t in range(0, 16, 2)]
+    np.testing.assert_allclose(task.loss(params, (texts_WBT[1],)), np.mean(answers), rtol=1e-5)
+    assert task.logits(params, task.probe).shape == (16, 256)
+
+
+@pytest.mark.parametrize(
+    ("data", "workers", "message"),
+    [("x.txt", 2, "data x.txt: task teachers makes its own"), (None, 27, "at most 26 differ")],
+)
+def test_the_teachers_task_refuses_what_it_cannot_do_in_one_line(data, workers, message):
+    with pytest.raises(ConfigError, match=message):
+        make_task(
+            "teachers", data, workers=workers, batch=1, split="same", concentration=1.0, seed=0
+        )
 
 
 def test_the_image_task_scores_what_the_network_says(fashion):

@@ -15,7 +15,7 @@ from persyn_jax.pipeline import benchmarks
 from persyn_jax.pipeline.benchmark_scores import BENCHMARKS, collect, read_scores, summary_lines
 from persyn_jax.pipeline.benchmarks import models_to_examine, run_benchmarks
 from persyn_jax.pipeline.run import open_run
-from persyn_jax.pipeline.stages import PROMPTS
+from persyn_jax.pipeline.stages import BENCHMARK_SUMMARY, PROMPTS
 from persyn_jax.records import BenchmarkScore, Prompt
 
 TINY = ModelConfig(weights="random:tiny")
@@ -99,6 +99,10 @@ def test_scores_of_items_and_the_paired_difference(fake, make_config):
     assert 0 <= values["after_minus_before"]["low"] < 2 / 5 < values["after_minus_before"]["high"]
     assert any("after - before" in line and "+0.400" in line for line in summary_lines(summary))
     assert store.read_records(config.run_folder / BENCHMARKS, BenchmarkScore) == scores
+    assert store.read_json(config.run_folder / BENCHMARK_SUMMARY) == {
+        "inputs": {PROMPTS: store.sha256_of(config.run_folder / PROMPTS)},
+        "tasks": summary,
+    }
 
 
 def test_answers_to_the_runs_own_prompts_are_scored_by_their_verifiers(fake, make_config):

@@ -140,6 +140,10 @@ def test_what_is_measured_is_not_measured_again(scored, audited, tunings, monkey
     assert audit_run(scored) == audited  # to the last bit
     assert tuned == [8]
     assert store.read_json(scored.run_folder / "gain_audit.json") == audited
+    assert audited["inputs"] == {
+        name: store.sha256_of(scored.run_folder / name)
+        for name in (PROMPTS, CALIBRATION_ANSWERS, REWARDS)
+    }
     fewer = make_config(scored.run.folder, "gain_audit.teachers=[right]")
     assert len(audit_run(fewer)["units"]) == 2
     assert tuned == [8]

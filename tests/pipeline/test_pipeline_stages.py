@@ -14,8 +14,8 @@ from persyn_jax import provenance, store
 from persyn_jax.config import ConfigError
 from persyn_jax.models import spec
 from persyn_jax.pipeline.config import RunConfig
-from persyn_jax.pipeline.run import Stage, open_run, run_stage
-from persyn_jax.pipeline.stages import STAGES
+from persyn_jax.pipeline.run import Stage, open_run, path_fingerprint, run_stage
+from persyn_jax.pipeline.stages import GAIN_AUDIT, REWARDS, STAGES, _left_beside
 
 
 def make_config(folder: Path, *overrides: str) -> RunConfig:
@@ -27,7 +27,12 @@ def run(stage: Stage, config: RunConfig, overwrite: bool = False) -> store.Manif
         return run_stage(stage, opened)
 
 
-def make_stage(work, reads=(), section=lambda config: {"router": {"steps": config.router.steps}}):
+def make_stage(
+    work,
+    reads=(),
+    section=lambda config: {"router": {"steps": config.router.steps}},
+    may_read=(),
+):
     return Stage(
         name="copy",
         modules=("persyn_jax.records",),
@@ -37,6 +42,7 @@ def make_stage(work, reads=(), section=lambda config: {"router": {"steps": confi
         models=lambda config: (config.student,),
         files=lambda config: (),
         work=work,
+        may_read=may_read,
     )
 
 
@@ -113,6 +119,31 @@ def test_a_changed_input_is_refused_and_a_missing_one_named(tmp_path):
     with pytest.raises(ConfigError, match=r"input source\.txt changed"):
         run(stage, make_config(tmp_path))
     assert work.done == 1
+
+
+def test_an_input_that_may_be_missing_counts_from_when_it_is_there(tmp_path):
+    work = Copying()
+    stage = make_stage(work, may_read=("audit.json",))
+    assert "audit.json" not in run(stage, make_config(tmp_path)).inputs
+    (tmp_path / "smoke" / "audit.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"input audit\.json changed \(none -> .*--overwrite"):
+        run(stage, make_config(tmp_path))
+    assert "audit.json" in run(stage, make_config(tmp_path), overwrite=True).inputs
+    assert work.done == 2
+
+
+def test_the_report_takes_what_was_made_from_the_runs_own_files_alone(tmp_path, capsys):
+    with open_run(make_config(tmp_path)) as opened:
+        assert _left_beside(opened, GAIN_AUDIT) is None
+        (opened.folder / REWARDS).write_text("rewards")
+        inputs = {REWARDS: path_fingerprint(opened.folder / REWARDS)}
+        store.write_json(opened.folder / GAIN_AUDIT, {"inputs": inputs, "rows": 3})
+        assert _left_beside(opened, GAIN_AUDIT) == {"rows": 3}
+        (opened.folder / REWARDS).write_text("other rewards")
+        assert _left_beside(opened, GAIN_AUDIT) is None
+        assert "gain_audit.json: left out of the report: rewards.parquet" in capsys.readouterr().err
+        (opened.folder / REWARDS).unlink()
+        assert _left_beside(opened, GAIN_AUDIT) is None
 
 
 def test_a_folder_as_input_is_known_by_the_names_and_bytes_in_it(tmp_path):

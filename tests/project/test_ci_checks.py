@@ -69,6 +69,8 @@ REPORT = {
     "student": {"before": ANSWER, "after": ANSWER, "paired_difference": ANSWER},
     "gossip": {"workers": 2, "exchanges": 3, "sum_weight_total": 1.0, "compiled_programs": 1},
     "stages": {},
+    "gain_audit": None,
+    "benchmarks": None,
 }
 
 

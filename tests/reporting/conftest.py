@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from persyn_jax.intervals import mean_ci95, paired_difference_ci95
+from persyn_jax.pipeline.gain_audit import correlations
 from persyn_jax.records import Answer, Example, Prompt, Reward, Route, Score
 from persyn_jax.reporting import RunRecords
 from persyn_jax.routing.rewards import make_rewards
@@ -187,6 +189,54 @@ def make_training_metrics() -> list[dict]:
     return rows
 
 
+def make_gain_audit(rewards: list[Reward], prompts: list[Prompt]) -> dict:
+    """The gain follows the total, and some sources are easier to learn than others."""
+    rng = numpy_stream(0, "synthetic gains")
+    source_of = {prompt.id: prompt.source for prompt in prompts}
+    units = []
+    for source in SOURCES:
+        for teacher in TEACHERS:
+            own = [r for r in rewards if (r.teacher, source_of[r.prompt_id]) == (teacher, source)]
+            total = float(np.mean([reward.total for reward in own]))
+            gain = 0.2 * total + 0.05 * SOURCES.index(source) + float(rng.normal(0, 0.05))
+            units.append(
+                {
+                    "teacher": teacher,
+                    "slice": source,
+                    "gain": gain,
+                    "gain_ci95": [gain - 0.03, gain + 0.03],
+                    "before": -2.5,
+                    "after": -2.5 + gain,
+                    "total": total,
+                    "quality": float(np.mean([r.quality_standardised for r in own])),
+                    "learnability": float(np.mean([r.learnability_standardised for r in own])),
+                }
+            )
+    return {"rows": 16, "steps": 8, "units": units, **correlations(units)}
+
+
+def make_benchmarks() -> dict:
+    """One examined before and after, one on a third model alone."""
+    rng = numpy_stream(0, "synthetic benchmarks")
+    before, after = (rng.random((2, 200)) < [[0.2], [0.35]]).astype(float)
+
+    def scores(values) -> dict:
+        return mean_ci95(values)._asdict() | {"items": len(values), "lm_eval": "0.4.13"}
+
+    return {
+        "gsm8k": {
+            "metric": "exact_match",
+            "models": {"before": scores(before), "after": scores(after)},
+            "after_minus_before": paired_difference_ci95(after, before)._asdict(),
+        },
+        "persyn_generated": {
+            "metric": "verifier",
+            "models": {"another-student": scores(after[:50])},
+            "after_minus_before": None,
+        },
+    }
+
+
 def make_run() -> RunRecords:
     prompts = make_prompts()
     calibration_answers, rewards = make_calibration(prompts)
@@ -251,6 +301,8 @@ def make_run() -> RunRecords:
         alpha=0.4,
         strategies=StrategyConfig(neighbours=5),
         state_ND=make_states(prompts),
+        gain_audit=make_gain_audit(rewards, prompts),
+        benchmarks=make_benchmarks(),
     )
 
 

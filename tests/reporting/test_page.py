@@ -90,6 +90,34 @@ def test_the_page_shows_the_numbers_of_the_report(html, run_records):
         assert " ".join(row.prompt.messages[-1]["content"].split()) in text
 
 
+def test_gain_and_benchmarks_are_shown_where_they_were_measured(html, run_records):
+    report = build_report(run_records)
+    text = " ".join(Page(html).text.split())
+    gain = text[text.index("Gain The total reward foresees the gain") : text.index("Student Train")]
+    total = report["gain_audit"]["correlation_within_slices"]["total"]
+    assert f"{total['spearman']:+.2f} {total['ci95'][0]:+.2f} to {total['ci95'][1]:+.2f}" in gain
+    for unit in report["gain_audit"]["units"]:
+        low, high = unit["gain_ci95"]
+        row = f"{unit['teacher']} {unit['slice']} {unit['gain']:+.4f} {low:+.4f} to {high:+.4f}"
+        assert row in gain
+    benchmarks = text[text.index("Benchmarks Each") : text.index("Gossip Each")]
+    gsm8k = report["benchmarks"]["gsm8k"]
+    for words in (
+        f"gsm8k exact_match before 200 {gsm8k['models']['before']['mean']:.3f}",
+        f"after 200 {gsm8k['models']['after']['mean']:.3f}",
+        f"{gsm8k['paired_difference']['mean']:+.3f}",
+        "persyn_generated verifier another-student 50",
+    ):
+        assert words in benchmarks
+
+
+def test_what_was_not_measured_has_no_section(html, run_records):
+    bare = dataclasses.replace(run_records, gain_audit=None, benchmarks=None)
+    shown = [Page(page).text for page in (html, render_page(bare, build_report(bare)))]
+    for words in ("foresees the gain", "Benchmarks", "lm-eval"):
+        assert [words in text for text in shown] == [True, False]
+
+
 def test_hostile_text_stays_text(run_records):
     def spoil(name: str) -> str:
         return HOSTILE if name == "plain" else name
@@ -114,6 +142,14 @@ def test_hostile_text_stays_text(run_records):
             dataclasses.replace(a, teacher=spoil(a.teacher), text=HOSTILE, error=HOSTILE)
             for a in run_records.chosen_answers
         ],
+        gain_audit=run_records.gain_audit
+        | {
+            "units": [
+                unit | {"teacher": spoil(unit["teacher"]), "slice": HOSTILE}
+                for unit in run_records.gain_audit["units"]
+            ]
+        },
+        benchmarks={HOSTILE: run_records.benchmarks["gsm8k"] | {"metric": HOSTILE}},
     )
     page = Page(render_page(records, build_report(records)))
     assert not {"script", "img"} & set(page.tags)
@@ -184,6 +220,8 @@ def test_many_teachers_many_workers_and_no_reference_answers(run_records):
         chosen_answers=[
             dataclasses.replace(answer, teacher=first) for answer in run_records.chosen_answers
         ],
+        gain_audit=run_records.gain_audit
+        | {"units": [unit | {"teacher": first} for unit in run_records.gain_audit["units"]]},
         training_metrics=[
             row | {"loss": row["loss"] * 32, "sum_weight": [1 / 64] * 64}
             for row in run_records.training_metrics

@@ -10,9 +10,11 @@ import pytest
 
 from persyn_jax.records import Reward
 from persyn_jax.reporting import build_report, report, summary_lines
+from persyn_jax.reporting.text import gain_sentence
 
 TOP_LEVEL = [
-    *("run", "prompts", "teachers", "rewards", "router", "cost", "student", "gossip", "stages")
+    *("run", "prompts", "teachers", "rewards", "gain_audit", "router", "cost", "student"),
+    *("benchmarks", "gossip", "stages"),
 ]
 NAMES_BELOW = {
     "sources": "<source>",
@@ -28,6 +30,10 @@ NAMES_BELOW = {
     "regret": "<strategy>",
     "regret_ci95": "<strategy>",
     "stages": "<stage>",
+    "correlation": "<term>",
+    "correlation_within_slices": "<term>",
+    "benchmarks": "<task>",
+    "models": "<model>",
 }
 SCHEMA = Path(report.__file__).with_name("schema.md")
 
@@ -198,6 +204,47 @@ def test_gossip_counts_the_rows_of_training(built, run_records):
         "first": pytest.approx(np.mean(rows[0]["held_out_loss"])),
         "last": pytest.approx(np.mean(rows[-1]["held_out_loss"])),
     }
+
+
+def test_what_was_not_run_is_null_and_the_rest_is_the_same(built, run_records):
+    for nothing in (None, {}):
+        bare = build_report(dataclasses.replace(run_records, gain_audit=None, benchmarks=nothing))
+        assert list(bare) == TOP_LEVEL
+        assert bare["gain_audit"] is bare["benchmarks"] is None
+        assert {**bare, **{key: built[key] for key in ("gain_audit", "benchmarks")}} == built
+
+
+def test_benchmarks_say_what_was_measured_and_compare_nothing_else(built, run_records):
+    gsm8k = built["benchmarks"]["gsm8k"]
+    means = [gsm8k["models"][model]["mean"] for model in ("before", "after")]
+    assert gsm8k["paired_difference"]["mean"] == pytest.approx(means[1] - means[0])
+    low, high = gsm8k["models"]["after"]["ci95"]
+    assert low < means[1] < high
+    alone = built["benchmarks"]["persyn_generated"]
+    assert alone["models"]["another-student"]["items"] == 50
+    assert alone["paired_difference"] == {"mean": None, "ci95": None}
+
+
+@pytest.mark.parametrize(
+    ("units", "spearman", "ci95", "opens", "holds"),
+    [
+        (16, 0.62, [0.2, 0.9], "The total reward foresees the gain", "+0.62, 95 % interval +0.20"),
+        (16, -0.5, [-0.8, -0.1], "The total reward misleads", "-0.80 to -0.10, 16 fine-tunings"),
+        (16, 0.3, [-0.1, 0.7], "Undecided", "the interval holds 0"),
+        # Of 9 in the very same order the bootstrap says [1, 1].
+        (9, 1.0, [1.0, 1.0], "Undecided", "only 9 fine-tunings, and 10 are needed"),
+        (3, 1.0, None, "Undecided", "only 3 fine-tunings"),
+        (16, None, None, "Undecided", "within a slice all totals or all gains are equal"),
+    ],
+)
+def test_the_sentence_on_the_gain_says_no_more_than_the_interval(
+    units, spearman, ci95, opens, holds
+):
+    terms = {"total": {"spearman": spearman, "ci95": ci95}}
+    sentence = gain_sentence({"units": [{}] * units, "correlation_within_slices": terms})
+    assert sentence.startswith(opens)
+    assert holds in sentence
+    assert sentence.endswith(".")
 
 
 def test_the_summary_has_ten_lines_with_the_verdict_and_the_cost(built):
