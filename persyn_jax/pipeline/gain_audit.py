@@ -32,7 +32,7 @@ from persyn_jax.pipeline.stages import (
 )
 from persyn_jax.provenance import source_fingerprint
 from persyn_jax.records import Answer, Prompt, Reward
-from persyn_jax.routing.router_study import rank_correlation_ci95
+from persyn_jax.routing.router_study import rank_correlation
 from persyn_jax.streams import numpy_stream
 
 FOLDER = "gain_audit"
@@ -103,8 +103,9 @@ def audit_run(config: GainAuditConfig) -> dict[str, Any]:
                            in nats a token of the reference answers, and their mean log-likelihood
                            before and after; then the means over the answers of the total reward and
                            of its two standardised terms
-        correlation        term (total, quality, learnability) -> {spearman, ci95: [low, high]} with
-                           the gain over the units; null where it is not defined
+        correlation        term (total, quality, learnability) -> {spearman, p_value} with the gain
+                           over the units, p_value as in `rank_correlation`; null where it is not
+                           defined
         correlation_within_slices
                            the same after the mean of its slice is taken from every value: a slice
                            may be easier to learn, whoever answers
@@ -261,31 +262,28 @@ def _row(unit: Unit, measured: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def correlations(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """`correlation` and `correlation_within_slices` of `audit_run`, from its `units`."""
-    slice_U = np.array([row["slice"] for row in rows])
-    value_U = {name: np.array([row[name] for row in rows]) for name in (*TERMS, "gain")}
-    within_U = {name: _without_means(own_U, slice_U) for name, own_U in value_U.items()}
+    """`correlation` and `correlation_within_slices` of `audit_run`, from its `units`: every teacher
+    on every slice."""
+    teachers, slices = (
+        list(dict.fromkeys(row[key] for row in rows)) for key in ("teacher", "slice")
+    )
+    value_TS = {name: np.empty((len(teachers), len(slices))) for name in (*TERMS, "gain")}
+    for row in rows:
+        cell = teachers.index(row["teacher"]), slices.index(row["slice"])
+        for name, own_TS in value_TS.items():
+            own_TS[cell] = row[name]
+    within_TS = {name: own_TS - own_TS.mean(axis=0) for name, own_TS in value_TS.items()}
     return {
-        "correlation": _with_gain(value_U),
-        "correlation_within_slices": _with_gain(within_U),
+        "correlation": _with_gain(value_TS),
+        "correlation_within_slices": _with_gain(within_TS),
     }
 
 
-def _without_means(value_U: np.ndarray, slice_U: np.ndarray) -> np.ndarray:
-    """Values minus the mean of their slice."""
-    member_U = np.unique(slice_U, return_inverse=True)[1]
-    mean_S = np.bincount(member_U, weights=value_U) / np.bincount(member_U)
-    return value_U - mean_S[member_U]
-
-
-def _with_gain(value_U: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def _with_gain(value_TS: Mapping[str, np.ndarray]) -> dict[str, Any]:
     found = {}
     for term in TERMS:
-        spearman, *ci95 = rank_correlation_ci95(value_U[term], value_U["gain"])
-        found[term] = {
-            "spearman": None if np.isnan(spearman) else spearman,
-            "ci95": None if np.isnan(ci95).any() else ci95,
-        }
+        values = rank_correlation(value_TS[term], value_TS["gain"])._asdict()
+        found[term] = {key: None if np.isnan(value) else value for key, value in values.items()}
     return found
 
 
@@ -307,7 +305,8 @@ def audit_lines(found: Mapping[str, Any]) -> list[str]:
         )
     lines += [
         "",
-        "Spearman's correlation of the reward with the gain, 95 % bootstrap interval:",
+        "Spearman's correlation of the reward with the gain; p: how often it is as far from 0 with "
+        "the teachers' rewards exchanged at random:",
         "",
         "| reward | over all | within slices |",
         "|---|--:|--:|",
@@ -321,7 +320,4 @@ def audit_lines(found: Mapping[str, Any]) -> list[str]:
 def _shown(correlation: Mapping[str, Any]) -> str:
     if correlation["spearman"] is None:
         return "-"
-    if correlation["ci95"] is None:
-        return f"{correlation['spearman']:+.2f} (too few for an interval)"
-    low, high = correlation["ci95"]
-    return f"{correlation['spearman']:+.2f} [{low:+.2f}, {high:+.2f}]"
+    return f"{correlation['spearman']:+.2f} (p = {correlation['p_value']:.3f})"

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from persyn_jax.routing.verdict import MIN_HELD_OUT
+SIGNIFICANT = 0.05
+"""p-values below it are taken for more than chance."""
 
 
 def count(value: int | None) -> str:
@@ -78,18 +79,14 @@ def trend_sentence(total_by_length: dict[str, Any]) -> str:
 def gain_sentence(gain_audit: dict[str, Any]) -> str:
     """Whether the total reward foresees the gain, in words: by their correlation within slices, as
     a slice may be easier to learn, whoever answers."""
-    total, units = gain_audit["correlation_within_slices"]["total"], len(gain_audit["units"])
+    total = gain_audit["correlation_within_slices"]["total"]
     undecided = "Undecided whether the total reward foresees the gain"
     if total["spearman"] is None:
         return f"{undecided}: within a slice all totals or all gains are equal."
-    numbers = f"rank correlation within slices {signed(total['spearman'], 2)}"
-    if units < MIN_HELD_OUT or total["ci95"] is None:
-        few = f"{plural(units, 'fine-tuning')}, and {MIN_HELD_OUT} are needed"
-        return f"{undecided}: only {few} ({numbers})."
-    numbers += f", 95 % interval {signed_interval(total['ci95'], 2)}, {units} fine-tunings"
-    low, high = total["ci95"]
-    if low > 0:
+    size, units = signed(total["spearman"], 2), plural(len(gain_audit["units"]), "fine-tuning")
+    numbers = f"rank correlation within slices {size}, p = {total['p_value']:.3f}, {units}"
+    if total["p_value"] >= SIGNIFICANT:
+        return f"{undecided}: chance may give as much ({numbers})."
+    if total["spearman"] > 0:
         return f"The total reward foresees the gain: they rise together ({numbers})."
-    if high < 0:
-        return f"The total reward misleads: where it is higher, the gain is lower ({numbers})."
-    return f"{undecided}: the interval holds 0 ({numbers})."
+    return f"The total reward misleads: where it is higher, the gain is lower ({numbers})."

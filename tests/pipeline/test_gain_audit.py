@@ -218,7 +218,13 @@ def test_too_many_slices_and_unknown_teachers_are_one_line(scored):
 def test_within_slices_what_a_slice_gives_to_all_does_not_count():
     """In each slice the reward orders the gains; over all, the second slice turns it round."""
     rows = [
-        {"slice": name, "total": reward + shift, "quality": 0.0, "learnability": -reward}
+        {
+            "teacher": str(reward),
+            "slice": name,
+            "total": reward + shift,
+            "quality": 0.0,
+            "learnability": -reward,
+        }
         | {"gain": reward - 3 * shift}
         for name, shift in (("one", 0.0), ("two", 5.0))
         for reward in (1.0, 2.0, 3.0)
@@ -227,4 +233,4 @@ def test_within_slices_what_a_slice_gives_to_all_does_not_count():
     assert found["correlation"]["total"]["spearman"] < 0
     assert found["correlation_within_slices"]["total"]["spearman"] == pytest.approx(1)
     assert found["correlation_within_slices"]["learnability"]["spearman"] == pytest.approx(-1)
-    assert found["correlation"]["quality"] == {"spearman": None, "ci95": None}
+    assert found["correlation"]["quality"] == {"spearman": None, "p_value": None}

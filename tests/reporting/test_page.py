@@ -19,6 +19,7 @@ from persyn_jax.reporting import build_report, render_page
 from persyn_jax.reporting.page import CUT_AT, make_plots
 from persyn_jax.reporting.page_rows import choose_disagreements, choose_rows, stage_rows
 from persyn_jax.reporting.style import spread
+from persyn_jax.reporting.text import gain_sentence
 
 # Never closed in HTML.
 VOID = {"meta", "link", "br"}
@@ -93,9 +94,10 @@ def test_the_page_shows_the_numbers_of_the_report(html, run_records):
 def test_gain_and_benchmarks_are_shown_where_they_were_measured(html, run_records):
     report = build_report(run_records)
     text = " ".join(Page(html).text.split())
-    gain = text[text.index("Gain The total reward foresees the gain") : text.index("Student Train")]
+    said = " ".join(gain_sentence(report["gain_audit"]).split())
+    gain = text[text.index(f"Gain {said}") : text.index("Student Train")]
     total = report["gain_audit"]["correlation_within_slices"]["total"]
-    assert f"{total['spearman']:+.2f} {total['ci95'][0]:+.2f} to {total['ci95'][1]:+.2f}" in gain
+    assert f"{total['spearman']:+.2f} {total['p_value']:.3f}" in gain
     for unit in report["gain_audit"]["units"]:
         low, high = unit["gain_ci95"]
         row = f"{unit['teacher']} {unit['slice']} {unit['gain']:+.4f} {low:+.4f} to {high:+.4f}"

@@ -22,7 +22,7 @@ from persyn_jax.routing.router_study import (
     gain_by_alpha,
     learning_curve,
     mean_regret,
-    rank_correlation_ci95,
+    rank_correlation,
     reliability,
 )
 from persyn_jax.routing.selection import select
@@ -203,22 +203,36 @@ def test_a_router_that_knows_nothing_gives_an_added_teacher_no_lead():
 # Reward against measured gain
 
 
-def test_rank_correlation_is_spearmans_and_its_interval_holds_it():
+def test_rank_correlation_is_spearmans():
     rng = np.random.default_rng(0)
-    one, noise = rng.integers(0, 9, size=30).astype(float), rng.normal(size=30)
-    found = rank_correlation_ci95(one, one + 2 * noise)
-    assert found.spearman == pytest.approx(spearmanr(one, one + 2 * noise).statistic)
-    assert found.low < found.spearman < found.high < 1
-    assert rank_correlation_ci95(one, one**3) == pytest.approx((1, 1, 1))
-    assert found == rank_correlation_ci95(one, one + 2 * noise)
+    one, noise = rng.integers(0, 9, size=(5, 6)).astype(float), rng.normal(size=(5, 6))
+    found = rank_correlation(one, one + 2 * noise)
+    expected = spearmanr(one.ravel(), (one + 2 * noise).ravel()).statistic
+    assert found.spearman == pytest.approx(expected)
+    assert found == rank_correlation(one, one + 2 * noise)
 
 
-def test_rank_correlation_of_too_little_says_so():
-    nothing = rank_correlation_ci95(np.zeros(9), np.arange(9.0))
-    assert np.isnan(nothing).all()
-    few = rank_correlation_ci95(np.arange(3.0), -np.arange(3.0))
-    assert few.spearman == pytest.approx(-1)
-    assert np.isnan([few.low, few.high]).all()
+def test_the_p_value_is_that_of_all_orders_of_the_teachers():
+    """Of 3! orders only the given one and, on the other side, its reverse are as far from 0."""
+    one = np.arange(3.0)[:, None] + np.zeros(4)
+    assert rank_correlation(one, one**3) == pytest.approx((1, 2 / 6))
+    assert rank_correlation(one, -one) == pytest.approx((-1, 2 / 6))
+    assert np.isnan(rank_correlation(np.zeros((3, 3)), np.arange(9.0).reshape(3, 3))).all()
+
+
+@pytest.mark.parametrize("teachers", [5, 9])
+def test_what_hangs_together_by_teacher_is_not_taken_for_evidence(teachers):
+    """Rewards and gains that have nothing to do with each other, but are alike in all slices."""
+    rng = np.random.default_rng(7)
+    found, plain = 0, 0
+    for _ in range(100):
+        one, other = (
+            rng.normal(size=(teachers, 1)) + 0.3 * rng.normal(size=(teachers, 4)) for _ in range(2)
+        )
+        found += rank_correlation(one, other).p_value < 0.05
+        plain += spearmanr(one.ravel(), other.ravel()).pvalue < 0.05
+    assert found <= 11, "5 are expected"
+    assert plain > 25, "as if all were independent"
 
 
 # Where there is nothing to find
