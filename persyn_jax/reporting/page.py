@@ -16,7 +16,7 @@ from persyn_jax.routing.verdict import MIN_HELD_OUT
 CUT_AT = 1500
 """Characters of a text shown where router and oracle disagree."""
 QUALITY = {
-    "verifier": "How often each teacher is right, by the verifier: the mark is its mean.",
+    "verifier": "What the verifier gives each teacher's answers, 1 for right: the mark is the mean.",
     "reward_model": "What the reward model thinks of each teacher's answers: the mark is the mean.",
     "likelihood": "How likely each teacher's answers are to the larger model, in nats a token: the"
     " mark is the mean.",
@@ -110,7 +110,7 @@ def _router_plots(report: dict[str, Any]) -> list[Plot]:
         ),
         _plot(
             "Teacher share by source",
-            "Whom the router asks: bars that differ between sources show that it tells them apart.",
+            "Who is asked: bars that differ between sources show that the routes tell them apart.",
             plots.plot_teacher_shares(
                 teachers["share_by_source"],
                 list(teachers["by_teacher"]),
@@ -137,8 +137,8 @@ def _router_study_plots(report: dict[str, Any]) -> list[Plot]:
         ),
         _plot(
             "Teacher share by prompt length",
-            "Routed prompts in quarters by their characters: bars that differ show that the router"
-            " goes by length, or by something that comes with it.",
+            "Routed prompts in quarters by their characters: bars that differ show that the routes"
+            " go by length, or by something that comes with it.",
             plots.plot_teacher_shares(
                 quarters, list(teachers["by_teacher"]), "Share of each teacher by prompt length"
             ),
@@ -201,17 +201,15 @@ def _teacher_plots(records: RunRecords) -> list[Plot]:
         ),
         _plot(
             "Learnability by teacher",
-            "How natural each teacher's answers are to the student: further right is more"
-            " familiar.",
+            "How well each teacher's answers suit the student, by this metric: further right is"
+            " better.",
             plots.plot_rewards(rewards, teachers, "learnability", _metric(records.learnability)),
         ),
         _plot(
             "Total reward by teacher",
             "What the router learns from: both terms together; wide overlap means that no teacher"
             " is best everywhere.",
-            plots.plot_rewards(
-                rewards, teachers, "total", "total reward, standardised within the prompt"
-            ),
+            plots.plot_rewards(rewards, teachers, "total", "total reward, standardised"),
         ),
         _plot(
             "Total reward by teacher and source",
