@@ -16,7 +16,7 @@ from persyn_jax.routing.verdict import MIN_HELD_OUT
 CUT_AT = 1500
 """Characters of a text shown where router and oracle disagree."""
 QUALITY = {
-    "verifier": "What the verifier gives each teacher's answers, 1 for right: the mark is the mean.",
+    "verifier": "What the verifier gives each teacher's answers: the mark is the mean.",
     "reward_model": "What the reward model thinks of each teacher's answers: the mark is the mean.",
     "likelihood": "How likely each teacher's answers are to the larger model, in nats a token: the"
     " mark is the mean.",
