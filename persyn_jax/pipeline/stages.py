@@ -280,7 +280,8 @@ def _train_student(run: Run, checkpoints: Path) -> dict[str, Any]:
         save_folder(run.folder / STUDENT, trained.model)
         if trained.adapters is not None:
             folder, base = run.folder / STUDENT / "adapter", config.student
-            write_adapters(folder, trained.adapters, base.weights, base.revision)
+            shape = trained.model.config
+            write_adapters(folder, trained.adapters, shape, base.weights, base.revision)
     drawn = {answer.prompt_id for answer in answers}
     return {
         "compiled_programs": trained.compiled_programs,
