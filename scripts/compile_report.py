@@ -7,7 +7,7 @@ and message, nothing gathered. The JSON file holds `topology`, `slices`, `worker
 keys of `Wire`, and `programs` with those of `ProgramReport` (persyn_jax/bench/compile_report.py).
 
 A worker's chips lie along `fsdp`, but for the config's `mesh.tensor`; `training.rows` are those of
-each chip along `fsdp`.
+each chip along `fsdp`. With `training.lora` it is the adapters' step, in which they alone are sent.
 
 With --engine it is the sampling engine of the config's service section that is compiled, for
 `engine.tensor` chips of the slice: no program may wait for the host, copy its cache, or gather
@@ -60,13 +60,15 @@ def report_the_train_step(arguments, loaded) -> None:
     from persyn_jax.bench.pod_programs import programs
     from persyn_jax.bench.pod_shapes import link_model, pod_mesh, pod_shape
     from persyn_jax.models.weights import load_config
+    from persyn_jax.training.memory import trained_shapes
     from persyn_jax.training.sharded import check_mesh
 
     shape = pod_shape(arguments.topology, arguments.slices, arguments.workers, loaded.mesh.tensor)
     wanted = programs(arguments.schedule, shape.workers, arguments.cycle)
     mesh.start_platform("cpu", 1)
     model, chips = load_config(loaded.student), pod_mesh(shape)
-    links, sent = link_model(shape), wire(model, chips)
+    trained, _ = trained_shapes(model, loaded.training)
+    links, sent = link_model(shape), wire(trained, chips)
     check_mesh(model, chips.shape[mesh.FSDP], loaded.training.row_response_tokens, chips)
     print("\n".join(shape_lines(shape, arguments.schedule, sent)), flush=True)
     reports = [report_program(program, model, loaded.training, chips, links) for program in wanted]

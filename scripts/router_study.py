@@ -2,8 +2,11 @@
 
     uv run scripts/router_study.py --config configs/quickstart.yaml
 
+With `router_study.backbones=[frozen,lora,full]` also which of these routers is best, and what it
+takes; those whose backbone learns take long.
+
 Needs the stages calibrate and score; nobody is asked. Prints tables and writes router_study.json
-into the run folder; --json FILE gets the same (keys: `study_router` in
+into the run folder; --json FILE gets the same (keys: `study_router` and `compare_backbones` in
 persyn_jax/pipeline/router_study.py).
 """
 

@@ -22,12 +22,12 @@ from persyn_jax.bench.pod_programs import (
     Program,
     chips_per_worker,
     compile_program,
-    parameter_shapes,
 )
 from persyn_jax.bench.pod_shapes import PodShape
 from persyn_jax.gossip.costs import LinkModel, costs, verdict
-from persyn_jax.models.decoder import DecoderConfig
+from persyn_jax.models.decoder import DecoderConfig, Params
 from persyn_jax.training.config import TrainConfig
+from persyn_jax.training.memory import trained_shapes
 from persyn_jax.training.sharded import parameter_specs
 
 INSIDE, WORKERS, SLICES = LINKS
@@ -93,7 +93,7 @@ class ProgramReport:
 
 
 class Wire(NamedTuple):
-    """One worker's parameters, as they cross between workers."""
+    """One worker's trained parameters, as they cross between workers."""
 
     parameters: int
     leaves: int
@@ -106,9 +106,9 @@ class Wire(NamedTuple):
     """Parameters that every chip of the worker holds."""
 
 
-def wire(model: DecoderConfig, mesh: Mesh) -> Wire:
-    """How a worker of this mesh sends its parameters."""
-    shapes = parameter_shapes(model)
+def wire(shapes: Params, mesh: Mesh) -> Wire:
+    """How a worker of this mesh sends what it trains. shapes: of that, see
+    `memory.trained_shapes`."""
     leaves = jax.tree.leaves(shapes)
     specs = jax.tree.leaves(
         parameter_specs(shapes, mesh), is_leaf=lambda value: isinstance(value, PartitionSpec)
@@ -142,7 +142,8 @@ def report_program(
 ) -> ProgramReport:
     """Compiles and reports."""
     compiled = compile_program(program, model, config, mesh)
-    sent = wire(model, mesh)
+    trained, _ = trained_shapes(model, config)
+    sent = wire(trained, mesh)
     price = costs(program.schedule, sent.sent_bytes, links)
     judged = verdict(program.schedule, sent.sent_bytes, links)
     exchanges = [one for one in compiled.collectives if one.link != INSIDE]
@@ -252,7 +253,7 @@ def shape_lines(shape: PodShape, schedule: str, sent: Wire) -> list[str]:
         "topology": f"{shape.slices} x {shape.topology}",
         "workers": f"{shape.workers}, {'a chip' if chips == 1 else f'{chips} chips'} each",
         "schedule": schedule,
-        "parameters": f"{sent.parameters:,} a worker, {sent.sent_bytes / 1e6:.1f} MB to send",
+        "parameters": f"{sent.parameters:,} that learn, {sent.sent_bytes / 1e6:.1f} MB to send",
     }
     if sent.whole and chips > 1:
         values["not cut"] = f"{sent.whole:,} of them, whole on every chip and sent by each"

@@ -1,6 +1,5 @@
 """The student's train step under a schedule, compiled for chips that need not be there."""
 
-import functools
 import math
 import time
 from collections.abc import Callable
@@ -17,20 +16,19 @@ from persyn_jax import mesh as meshes
 from persyn_jax.bench.hlo import Collective, collectives
 from persyn_jax.config import ConfigError
 from persyn_jax.gossip import topologies
-from persyn_jax.models import decoder, rows
+from persyn_jax.models import rows
 from persyn_jax.models.decoder import DecoderConfig
 from persyn_jax.training.config import TrainConfig
-from persyn_jax.training.losses import response_loss
+from persyn_jax.training.memory import trained_shapes
 from persyn_jax.training.optimisers import make_optimiser
-from persyn_jax.training.precision import cast_loss
 from persyn_jax.training.sharded import (
     INNER_AXES,
     batch_spec,
-    chip_layout,
+    every_worker,
     make_sharded_step,
     on_sharded_mesh,
-    parameter_specs,
     state_shardings,
+    student_loss,
 )
 from persyn_jax.training.step import TrainStep, init_state, placed_shapes
 
@@ -90,7 +88,7 @@ class Compiled:
     """Collective-permutes in the program before the compiler touched it."""
     code_bytes: int
     argument_bytes: int
-    """Train state, batch and round, on one device."""
+    """Train state, batch, round and the base of adapters, on one device."""
     reused_bytes: int
     """Of the arguments, how much the results are written over."""
     temporary_bytes: int
@@ -127,10 +125,8 @@ def compile_program(
 ) -> Compiled:
     """Compiles the train step of `training` for the mesh, from shapes alone.
 
-    Raises ConfigError for `training.lora`, whose step is another one.
+    Raises ConfigError as `adapters.adapter_shapes`.
     """
-    if config.lora is not None:
-        raise ConfigError("training.lora: a report is of full fine-tuning, so it must be null here")
     lowered = _lower(program, model, config, mesh)
     started = time.monotonic()
     compiled = lowered.compile()
@@ -158,17 +154,18 @@ def _lower(
 ) -> jax.stages.Lowered:
     exchange = gossip.Exchange(program.schedule.bank, meshes.WORKER, INNER_AXES)
     mixing, optimiser = program.rule(exchange), make_optimiser(config.optimiser, steps=1)
-    specs = parameter_specs(parameter_shapes(model), mesh)
-    loss = functools.partial(
-        response_loss, model, config.recompute, layout=chip_layout(specs, mesh)
-    )
-    loss = cast_loss(loss, config.compute_dtype)
-    step = make_sharded_step(loss, optimiser, mixing, mesh, specs)
+    trained, base = trained_shapes(model, config)
+    loss, specs, frozen_specs = student_loss(model, config, trained, base, mesh)
+    step = make_sharded_step(loss, optimiser, mixing, mesh, specs, frozen_specs=frozen_specs)
     if program.is_unrolled:
         step = _unrolled(step, program.schedule)
 
     def start(_):
-        return init_state(decoder.init(model, jax.random.key(0)), optimiser, mixing)
+        params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), trained)
+        return init_state(params, optimiser, mixing)
+
+    def frozen_shape(leaf, sharding):
+        return jax.ShapeDtypeStruct(leaf.shape, config.compute_dtype, sharding=sharding)
 
     workers = jax.ShapeDtypeStruct((mesh.shape[meshes.WORKER],), np.int32)
     state = jax.eval_shape(jax.vmap(start), workers)
@@ -177,21 +174,18 @@ def _lower(
         jax.tree.map(placed_shapes, state, state_shardings(state, mesh, specs)),
         _batch_shapes(program, config, mesh),
         placed_shapes(any_round, meshes.replicated(mesh)),
+        *(jax.tree.map(frozen_shape, base, every_worker(own, mesh)) for own in frozen_specs),
     )
-
-
-def parameter_shapes(model: DecoderConfig) -> decoder.Params:
-    return jax.eval_shape(lambda: decoder.init(model, jax.random.key(0)))
 
 
 def _unrolled(step: TrainStep, schedule: gossip.Schedule) -> TrainStep:
     """As many steps as the schedule has rounds; batch and metrics have them as their axis 1."""
 
-    def steps(state, batches, _):
+    def steps(state, batches, _, *frozen):
         taken = []
         for t in range(schedule.rounds):
             batch = jax.tree.map(lambda leaf, t=t: leaf[:, t], batches)
-            state, metrics = step(state, batch, schedule.round(t))
+            state, metrics = step(state, batch, schedule.round(t), *frozen)
             taken.append(metrics)
         return state, jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *taken)
 

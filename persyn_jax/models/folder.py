@@ -39,13 +39,12 @@ KERNEL_MODULES = {
     "down": "mlp.down_proj",
 }
 """What files call the parts of a layer that have a kernel."""
-# Phi-3 stores these as one tensor, one after the other.
+FUSED_MODULES = {"self_attn.qkv_proj": ("q", "k", "v"), "mlp.gate_up_proj": ("gate", "up")}
+"""What Phi-3's files have in their place: the kernels of these parts, one after the other."""
 _FUSED = {
-    "self_attn.qkv_proj.weight": tuple(f"self_attn.{part}_proj.weight" for part in "qkv"),
-    "mlp.gate_up_proj.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    f"{module}.weight": tuple(f"{KERNEL_MODULES[part]}.weight" for part in parts)
+    for module, parts in FUSED_MODULES.items()
 }
-FUSED_PARTS = ("q", "k", "v", "gate", "up")
-"""The parts of a layer whose kernels those are."""
 
 
 def read_config(folder: Path) -> DecoderConfig:

@@ -21,7 +21,7 @@ from persyn_jax.models.adapters import Adapters, merge, read_adapters, write_ada
 from persyn_jax.models.decoder import Array, Params
 from persyn_jax.models.file_checks import read_json, shown
 from persyn_jax.models.spec import ModelConfig
-from persyn_jax.models.weights import Model, load, save_folder
+from persyn_jax.models.weights import Model, load, load_config, save_folder
 
 _DESCRIPTION, _HEAD, _STATES = "router.json", "head.safetensors", "calibration_states.safetensors"
 _ADAPTER, _BACKBONE = "adapter", "backbone"
@@ -70,7 +70,7 @@ def save_router(folder: Path, router: Router, teachers: list[str], source: Model
     """Writes the router with the names of its teachers. source: of its backbone.
 
     Adapters become a PEFT folder `adapter`, a backbone that is all new a Hugging Face folder
-    `backbone`. Raises ConfigError as `folder.write`.
+    `backbone`. Raises ConfigError as `folder.write` and `load_config`.
     """
     from safetensors.numpy import save_file
 
@@ -81,7 +81,8 @@ def save_router(folder: Path, router: Router, teachers: list[str], source: Model
     trained = "frozen"
     if isinstance(router.backbone, Adapters):
         trained = "lora"
-        write_adapters(folder / _ADAPTER, router.backbone, source.weights, source.revision)
+        config = load_config(source)
+        write_adapters(folder / _ADAPTER, router.backbone, config, source.weights, source.revision)
     elif router.backbone is not None:
         trained = "full"
         save_folder(folder / _BACKBONE, router.backbone)

@@ -102,13 +102,16 @@ QualityConfig = Annotated[
 ]
 
 
+BackboneTraining = Literal["frozen", "lora", "full"]
+
+
 @config_class
 class RouterConfig:
     """The router: a language model with a trained coefficient head."""
 
     backbone: ModelConfig | None = None
     """Null: the student itself, before training."""
-    train: Literal["frozen", "lora", "full"] = "frozen"
+    train: BackboneTraining = "frozen"
     """What learns of the backbone with the head: nothing, adapters beside its kernels, or all. The
     first reads every prompt once, the others in each step: choose fewer `pairs`."""
     lora: LoraConfig = LoraConfig()

@@ -1,13 +1,16 @@
-"""The router study: what more calibration prompts, another loss or another teacher would change.
+"""The router study: what more calibration prompts, another loss, another teacher or a backbone that
+learns would change.
 
 It reads what the stages calibrate and score left in the run folder; nobody is asked. Every router
-is trained as the stage train_router trains one on a frozen backbone, and judged on the same
-held-out prompts.
+is trained as the stage train_router trains one, on a frozen backbone unless backbones are compared,
+and judged on the same held-out prompts.
 
 Heavy imports stay inside the functions.
 """
 
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
@@ -16,10 +19,16 @@ from pydantic import Field
 from persyn_jax import store
 from persyn_jax.config import ConfigError, config_class
 from persyn_jax.intervals import paired_difference_ci95
-from persyn_jax.pipeline.config import RunConfig
-from persyn_jax.pipeline.progress import progress
+from persyn_jax.pipeline.config import BackboneTraining, RunConfig
+from persyn_jax.pipeline.progress import progress, say
 from persyn_jax.pipeline.run import open_finished
-from persyn_jax.pipeline.stages import PROMPTS, REWARDS, STAGES, router_training
+from persyn_jax.pipeline.stages import (
+    PROMPTS,
+    REWARDS,
+    STAGES,
+    router_training,
+    train_any_router,
+)
 from persyn_jax.records import Prompt, Reward
 from persyn_jax.routing.preferences import (
     Preferences,
@@ -44,6 +53,7 @@ from persyn_jax.routing.verdict import hit_at_k
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from persyn_jax.models.weights import Model
     from persyn_jax.pipeline.train_router import RouterTraining
 
 RESULT = "router_study.json"
@@ -68,6 +78,9 @@ class RouterStudySection:
     """Numbers of prompts that an added teacher has answered; none given: as `prompts`."""
     bins: Annotated[int, Field(ge=1)] = 10
     """Of the reliability table."""
+    backbones: list[BackboneTraining] = Field(default_factory=list)
+    """What learns of the backbone (`router.train`): routers to compare, each with the first; none
+    given: none. `lora` and `full` read the prompts in each step, which takes long."""
 
 
 @config_class
@@ -78,11 +91,11 @@ class RouterStudyConfig(RunConfig):
 
 
 def study_run(config: RouterStudyConfig) -> dict[str, Any]:
-    """`study_router` of a run folder in which the stages calibrate and score are finished; the
-    values are written there, too, as router_study.json.
+    """`study_router` of a run folder in which the stages calibrate and score are finished, and as
+    `backbones` what `compare_backbones` finds, if the section names any; the values are written
+    there, too, as router_study.json.
 
-    Raises ConfigError as `study_router`, and when a stage is not finished or is with another
-    config.
+    Raises ConfigError as those, and when a stage is not finished or is with another config.
     """
     from persyn_jax.models.weights import load
     from persyn_jax.pipeline.tokens import prompt_tokens
@@ -92,10 +105,13 @@ def study_run(config: RouterStudyConfig) -> dict[str, Any]:
         mesh = run.mesh()  # starts the platform
         prompts = [p for p in run.read(PROMPTS, Prompt) if p.split == "calibration"]
         backbone = load(config.router_backbone, config.run.seed)
-        state_ND = pooled_states(backbone, prompt_tokens(backbone.tokenizer, prompts), mesh)
+        tokens = prompt_tokens(backbone.tokenizer, prompts)
+        state_ND = pooled_states(backbone, tokens, mesh)
         rewards = run.read(REWARDS, Reward)
         training, section = router_training(config), config.router_study
         found = study_router(prompts, rewards, state_ND, training, section, mesh)
+        if section.backbones:
+            found["backbones"] = compare_backbones(config, prompts, rewards, backbone, tokens, mesh)
         store.write_json(run.folder / RESULT, found)
     return found
 
@@ -160,7 +176,6 @@ def study_router(
     routes = {name: route_by_router(c_NM) for name, c_NM in coefficients.items()}
     constant_N = np.full(len(total_NM), best_constant(seen.total_NM))
     half, dropped = (regrets(total_NM, routes[name]) for name in ("ties_half", "ties_dropped"))
-    difference = paired_difference_ci95(half, dropped)
     return {
         "seen": len(seen.total_NM),
         "held_out": len(total_NM),
@@ -174,16 +189,76 @@ def study_router(
         ),
         "tied_share": tied_share(seen.total_NM),
         "losses": {name: _judged(total_NM, c_NM) for name, c_NM in coefficients.items()},
-        "ties_half_minus_dropped": {
-            "mean": difference.mean,
-            "ci95": [difference.low, difference.high],
-        },
+        "ties_half_minus_dropped": _difference(half, dropped),
         "added_teachers": {
             "retrained_on_all": mean_regret(total_NM, routes["ties_dropped"]),
             "mean": [_mean_added(added, count) for count in anchors],
             "teachers": [one._asdict() | {"teacher": teachers[one.teacher]} for one in added],
         },
     }
+
+
+def compare_backbones(
+    config: RouterStudyConfig,
+    prompts: Sequence[Prompt],
+    rewards: Sequence[Reward],
+    backbone: "Model",
+    tokens: Sequence[tuple[int, ...]],
+    mesh: "Mesh",
+) -> list[dict[str, Any]]:
+    """Routers that differ in what learns of the backbone: same prompts, same steps, same verdict.
+
+    prompts: the calibration prompts, with the rewards of all teachers. tokens: of each prompt,
+    through the chat template. For each of `router_study.backbones`, in their order:
+
+        train              as `router.train`
+        trained_parameters of the head and of what learns of the backbone
+        seconds            to read the prompts, train and judge, compiling included
+        hit_at_1, regret   on the held-out prompts, regret as in `study_router`
+        minus_first        {mean, ci95: [low, high]} of the regret minus that of the first of them,
+                           paired by prompt
+
+    Says first how many prompts each will read. Raises ConfigError as `study_router`, and as
+    `adapters.adapter_shapes`; RuntimeError: too few preference pairs.
+    """
+    import jax
+
+    from persyn_jax.models.router import coefficients
+    from persyn_jax.pipeline.train_router import make_lessons
+
+    c, trains = config.router, config.router_study.backbones
+    say(
+        f"router study: {', '.join(trains)}; where a backbone learns, {config.gossip.workers} "
+        f"workers read {c.pairs} prompts in each of {c.steps} steps, else {len(prompts)} in all"
+    )
+    calibration = prompts, rewards, list(dict.fromkeys(reward.teacher for reward in rewards))
+    lessons = make_lessons(*calibration, router_training(config))
+    total_NM = lessons.total_NM[lessons.held_out_N]
+    found, first_N = [], None
+    with progress("router study: backbones", len(trains)) as advance:
+        for train in trains:
+            own, started = replace(config, router=replace(c, train=train)), time.monotonic()
+            router, _ = train_any_router(own, calibration, backbone, tokens, mesh, lambda row: None)
+            seconds = time.monotonic() - started
+            learned = () if router.backbone is None else router.backbone.params
+            state_ND = router.state_ND[lessons.held_out_N]
+            coefficient_NM = np.asarray(coefficients(router.head, state_ND))
+            regret_N = regrets(total_NM, route_by_router(coefficient_NM))
+            first_N = regret_N if first_N is None else first_N
+            found.append(
+                {
+                    "train": train,
+                    "trained_parameters": sum(
+                        leaf.size for leaf in jax.tree.leaves((router.head, learned))
+                    ),
+                    "seconds": round(seconds, 1),
+                    "hit_at_1": hit_at_k(total_NM, coefficient_NM, 1),
+                    "regret": float(regret_N.mean()),
+                    "minus_first": _difference(regret_N, first_N),
+                }
+            )
+            advance()
+    return found
 
 
 def _make_fit(
@@ -231,6 +306,11 @@ def tied_share(total_NM: np.ndarray) -> float:
     return float((ties_NMM.sum() - prompts * teachers) / (prompts * teachers * (teachers - 1)))
 
 
+def _difference(regret_N: np.ndarray, other_N: np.ndarray) -> dict[str, Any]:
+    found = paired_difference_ci95(regret_N, other_N)
+    return {"mean": found.mean, "ci95": [found.low, found.high]}
+
+
 def _judged(total_NM: np.ndarray, coefficient_NM: np.ndarray) -> dict[str, float]:
     found = reliability(coefficient_NM, total_NM)
     return {
@@ -268,10 +348,8 @@ def _reliability_values(found: Reliability) -> dict[str, Any]:
 
 
 def study_lines(found: dict[str, Any]) -> list[str]:
-    """The values of `study_router` as tables in Markdown."""
+    """The values of `study_run` as tables in Markdown."""
     regret, added = found["regret"], found["added_teachers"]
-    difference = found["ties_half_minus_dropped"]
-    low, high = difference["ci95"]
     return [
         f"{found['seen']} calibration prompts to learn from, {found['held_out']} to judge by. "
         f"Regret of the best constant teacher {regret['best_constant']:.4f}, of a random one "
@@ -287,7 +365,7 @@ def study_lines(found: dict[str, Any]) -> list[str]:
         *_table(found["reliability"]["bins"]),
         "",
         f"Losses ({found['tied_share']:.1%} of the comparisons are ties; regret of ties_half minus "
-        f"ties_dropped {difference['mean']:+.4f} [{low:+.4f}, {high:+.4f}]):",
+        f"ties_dropped {_shown_difference(found['ties_half_minus_dropped'])}):",
         "",
         *_table([{"loss": name} | values for name, values in found["losses"].items()]),
         "",
@@ -295,7 +373,21 @@ def study_lines(found: dict[str, Any]) -> list[str]:
         f"teachers; a router trained on all answers has {added['retrained_on_all']:.4f}:",
         "",
         *_table(added["mean"]),
+        *_backbone_lines(found.get("backbones", [])),
     ]
+
+
+def _backbone_lines(found: Sequence[dict[str, Any]]) -> list[str]:
+    if not found:
+        return []
+    title = f"What learns of the backbone; regret minus that of {found[0]['train']}:"
+    rows = [one | {"minus_first": _shown_difference(one["minus_first"])} for one in found]
+    return ["", title, "", *_table(rows)]
+
+
+def _shown_difference(difference: dict[str, Any]) -> str:
+    low, high = difference["ci95"]
+    return f"{difference['mean']:+.4f} [{low:+.4f}, {high:+.4f}]"
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> list[str]:

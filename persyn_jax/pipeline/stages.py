@@ -6,9 +6,9 @@ Heavy imports stay inside the functions: asking for help, or rerunning a finishe
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from persyn_jax import store
 from persyn_jax.config import ConfigError, to_values
@@ -18,6 +18,12 @@ from persyn_jax.pipeline.config import LikelihoodQuality, RewardModelQuality, Ru
 from persyn_jax.pipeline.progress import say
 from persyn_jax.pipeline.run import Run, Stage, path_fingerprint
 from persyn_jax.records import Answer, Example, Measurement, Prompt, Reward, Route, Score
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from persyn_jax.models.router import Router
+    from persyn_jax.models.weights import Model
 
 PROMPTS = "prompts.parquet"
 CALIBRATION_ANSWERS = "calibration_answers.parquet"
@@ -89,14 +95,11 @@ def _quality_and_rewards(run: Run, prompts: list[Prompt], answers: list[Answer])
 
 
 def _train_router(run: Run, _: Path) -> dict[str, Any]:
-    from persyn_jax.models.router import Router, save_router
+    from persyn_jax.models.router import save_router
     from persyn_jax.models.weights import load
     from persyn_jax.pipeline.tokens import prompt_tokens
-    from persyn_jax.pipeline.train_backbone import train_backbone
-    from persyn_jax.pipeline.train_router import train_router
-    from persyn_jax.sampling.scoring import pooled_states
 
-    config, mesh, c = run.config, run.mesh(), run.config.router
+    config, mesh = run.config, run.mesh()
     prompts = [p for p in run.read(PROMPTS, Prompt) if p.split == "calibration"]
     backbone = load(config.router_backbone, config.run.seed)
     tokens = prompt_tokens(backbone.tokenizer, prompts)
@@ -104,20 +107,40 @@ def _train_router(run: Run, _: Path) -> dict[str, Any]:
     teachers = list(dict.fromkeys(reward.teacher for reward in rewards))
     metrics_file = run.folder / METRICS
     store.truncate_metrics(metrics_file, "train_router", 0)
-    training = router_training(config)
-    calibration = prompts, rewards, teachers
 
     def on_metrics(row: dict[str, Any]) -> None:
         store.append_metrics(metrics_file, {"stage": "train_router", **row})
 
-    if c.train == "frozen":
-        state_ND = pooled_states(backbone, tokens, mesh)
-        head, metrics = train_router(*calibration, state_ND, training, mesh, on_metrics)
-        router = Router(head, state_ND)
-    else:
-        router, metrics = train_backbone(*calibration, backbone, tokens, training, mesh, on_metrics)
+    calibration = prompts, rewards, teachers
+    router, metrics = train_any_router(config, calibration, backbone, tokens, mesh, on_metrics)
     save_router(run.folder / ROUTER, router, teachers, config.router_backbone)
     return {"router": metrics}
+
+
+def train_any_router(
+    config: RunConfig,
+    calibration: tuple[Sequence[Prompt], Sequence[Reward], Sequence[str]],
+    backbone: "Model",
+    tokens: Sequence[tuple[int, ...]],
+    mesh: "Mesh",
+    on_metrics: Callable[[dict[str, Any]], None],
+) -> "tuple[Router, dict[str, Any]]":
+    """(the router, its metrics), with a backbone that learns what `router.train` says.
+
+    calibration: prompts, rewards, teachers. tokens: of each prompt, through the chat template.
+    Raises as `train_router.train_router` and `train_backbone.train_backbone`.
+    """
+    from persyn_jax.models.router import Router
+    from persyn_jax.pipeline.train_backbone import train_backbone
+    from persyn_jax.pipeline.train_router import train_router
+    from persyn_jax.sampling.scoring import pooled_states
+
+    training = router_training(config)
+    if config.router.train != "frozen":
+        return train_backbone(*calibration, backbone, tokens, training, mesh, on_metrics)
+    state_ND = pooled_states(backbone, tokens, mesh)
+    head, metrics = train_router(*calibration, state_ND, training, mesh, on_metrics)
+    return Router(head, state_ND), metrics
 
 
 def router_training(config: RunConfig):
@@ -288,7 +311,8 @@ def _train_student(run: Run, checkpoints: Path) -> dict[str, Any]:
         save_folder(run.folder / STUDENT, trained.model)
         if trained.adapters is not None:
             folder, base = run.folder / STUDENT / "adapter", config.student
-            write_adapters(folder, trained.adapters, base.weights, base.revision)
+            shape = trained.model.config
+            write_adapters(folder, trained.adapters, shape, base.weights, base.revision)
     drawn = {answer.prompt_id for answer in answers}
     seen = [row for index, row in enumerate(tokens) if index not in trained.held_out]
     return {

@@ -1,6 +1,5 @@
 """Stage train_student: fine-tuning on the routed answers, by workers that gossip."""
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from persyn_jax import mesh as meshes
 from persyn_jax.config import ConfigError
 from persyn_jax.gossip import elastic
 from persyn_jax.gossip.theory import contraction
-from persyn_jax.models.adapters import Adapters, init_adapters, merge, with_adapters
+from persyn_jax.models.adapters import Adapters, init_adapters, merge
 from persyn_jax.models.decoder import Params
 from persyn_jax.models.rows import Conversation, Rows
 from persyn_jax.models.weights import Model
@@ -40,24 +39,21 @@ from persyn_jax.training.loop import (
     uniform_mean,
     watchdog,
 )
-from persyn_jax.training.losses import adapter_loss, response_loss
 from persyn_jax.training.meters import speed_row, time_exchange, timed, training_flops
 from persyn_jax.training.optimisers import make_optimiser
-from persyn_jax.training.precision import cast_loss
 from persyn_jax.training.profiling import profiled
 from persyn_jax.training.sharded import (
     INNER_AXES,
     all_workers,
     batch_spec,
     check_mesh,
-    chip_layout,
     every_worker,
     make_sharded_step,
     on_sharded_mesh,
-    parameter_specs,
     sharded_losses,
     sharded_mixing,
     state_shardings,
+    student_loss,
 )
 from persyn_jax.training.step import (
     LossFunction,
@@ -219,25 +215,18 @@ def train_student(
 def _tuning(student: Model, c: TrainConfig, seed: int, mesh: Mesh) -> _Tuning:
     params, model = student.params, student.config
     if c.lora is None:
-        specs = parameter_specs(params, mesh)
-        layout = chip_layout(specs, mesh)
-        loss = functools.partial(response_loss, model, c.recompute, layout=layout)
-        return _Tuning(params, specs, cast_loss(loss, c.compute_dtype))
-    adapters = Adapters(
-        init_adapters(model, c.lora.rank, c.lora.targets, seed, "student adapter"), c.lora.alpha
-    )
-    specs, base_specs = (parameter_specs(tree, mesh) for tree in (adapters.params, params))
-    layout = chip_layout(with_adapters(base_specs, specs), mesh)
-    adapted = replace(model, lora_scale=adapters.scale)
-    loss = functools.partial(adapter_loss, adapted, c.recompute, layout=layout)
+        loss, specs, _ = student_loss(model, c, params, {}, mesh)
+        return _Tuning(params, specs, loss)
+    adapters = init_adapters(model, c.lora.rank, c.lora.targets, seed, "student adapter")
+    loss, specs, frozen_specs = student_loss(model, c, adapters, params, mesh)
     base = jax.tree.map(lambda leaf: leaf.astype(jax.numpy.dtype(c.compute_dtype)), params)
     return _Tuning(
-        params=adapters.params,
+        params=adapters,
         specs=specs,
-        loss=cast_loss(loss, c.compute_dtype),
-        frozen=(meshes.place(base, every_worker(base_specs, mesh)),),
-        frozen_specs=(base_specs,),
-        adapters=sum(leaf.size for leaf in jax.tree.leaves(adapters.params)),
+        loss=loss,
+        frozen=(meshes.place(base, every_worker(frozen_specs[0], mesh)),),
+        frozen_specs=frozen_specs,
+        adapters=sum(leaf.size for leaf in jax.tree.leaves(adapters)),
     )
 
 

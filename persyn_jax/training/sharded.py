@@ -12,6 +12,8 @@ Loss and exchange run in a `shard_map` over all axes; the optimiser sees whole a
 compiler divides its work.
 """
 
+import functools
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -24,8 +26,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from persyn_jax.config import ConfigError
 from persyn_jax.gossip import MixingTransformation, Round
 from persyn_jax.mesh import FSDP, TENSOR, WORKER, per_worker
+from persyn_jax.models.adapters import with_adapters
 from persyn_jax.models.decoder import DecoderConfig, Params
 from persyn_jax.models.layout import GATHERED, WHOLE, Layout
+from persyn_jax.training.config import TrainConfig
+from persyn_jax.training.losses import adapter_loss, response_loss
+from persyn_jax.training.precision import cast_loss
 from persyn_jax.training.step import (
     LossFunction,
     StepMetrics,
@@ -179,6 +185,25 @@ def _gather(leaf: jax.Array, axes: tuple, names: tuple[str, ...]) -> jax.Array:
 
 def _names(cut: Any) -> tuple[str, ...]:
     return cut if isinstance(cut, tuple) else (cut,) if cut else ()
+
+
+def student_loss(
+    model: DecoderConfig, config: TrainConfig, trained: Params, base: Params, mesh: Mesh
+) -> tuple[LossFunction, Params, tuple[Params, ...]]:
+    """(loss, specs, frozen_specs) of the student's training, as `make_sharded_step` takes them.
+
+    trained, base: parameters or their shapes; base is what the adapters of LoRA stand beside, {}
+    without. The loss takes it in `compute_dtype`.
+    """
+    specs, base_specs = parameter_specs(trained, mesh), parameter_specs(base, mesh)
+    if config.lora is None:
+        layout = chip_layout(specs, mesh)
+        loss = functools.partial(response_loss, model, config.recompute, layout=layout)
+        return cast_loss(loss, config.compute_dtype), specs, ()
+    layout = chip_layout(with_adapters(base_specs, specs), mesh)
+    adapted = replace(model, lora_scale=config.lora.alpha / config.lora.rank)
+    loss = functools.partial(adapter_loss, adapted, config.recompute, layout=layout)
+    return cast_loss(loss, config.compute_dtype), specs, (base_specs,)
 
 
 def batch_spec(mesh: Mesh, leading: int = 0) -> PartitionSpec:

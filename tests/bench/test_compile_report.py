@@ -16,7 +16,7 @@ from persyn_jax.bench.compile_report import (
     wire,
 )
 from persyn_jax.bench.hlo import Collective
-from persyn_jax.bench.pod_programs import SCHEDULES, Compiled, compile_program, programs
+from persyn_jax.bench.pod_programs import SCHEDULES, Compiled, programs
 from persyn_jax.bench.pod_shapes import PodShape, link_model
 from persyn_jax.config import ConfigError
 from persyn_jax.gossip import theory
@@ -28,12 +28,15 @@ from persyn_jax.training.config import LoraConfig, TrainConfig
 MODEL = dataclasses.replace(RANDOM_TINY, layers=1)
 PARAMS = jax.eval_shape(lambda: decoder.init(MODEL, jax.random.key(0)))
 SIZE = sum(leaf.size for leaf in jax.tree.leaves(PARAMS))
+LORA = LoraConfig(rank=2, targets=("q",))
+SIZE_A = LORA.rank * MODEL.d_model
+SIZE_B = MODEL.heads * MODEL.head_dim * LORA.rank
 NORMS = 3 * MODEL.d_model  # of one layer and the last; small, so whole on every chip
 LEAVES = len(jax.tree.leaves(PARAMS))
 
 
-def reports_of(schedule, workers, shards, forms):
-    config = TrainConfig(rows=1, row_tokens=16, row_response_tokens=4)
+def reports_of(schedule, workers, shards, forms, **training):
+    config = TrainConfig(rows=1, row_tokens=16, row_response_tokens=4, **training)
     links = link_model(PodShape("v5e:1x8", 1, workers))
     mesh = make_mesh(workers, *shards)
     return {
@@ -53,6 +56,19 @@ def whole():
 def sharded():
     """Four devices a worker; also with the rounds of a period unrolled."""
     return reports_of("hypercube", 2, (2, 2), ["bank", "delayed cycle"])
+
+
+@pytest.fixture(scope="module")
+def adapted():
+    """As `whole`, with an adapter."""
+    return reports_of("gosgd", 4, (1, 1), ["bank", "all-reduce"], lora=LORA)
+
+
+@pytest.fixture(scope="module")
+def adapted_and_sharded():
+    """As `sharded`, with an adapter beside a base in bfloat16."""
+    forms = ["bank", "delayed cycle"]
+    return reports_of("hypercube", 2, (2, 2), forms, lora=LORA, compute_dtype="bfloat16")
 
 
 def a_mesh(*shards):
@@ -89,6 +105,31 @@ def test_an_all_reduce_stands_beside_it(whole):
     assert report.checks == []
 
 
+def test_adapters_alone_are_trained_and_sent(adapted):
+    bank, all_reduce = adapted["bank"], adapted["all-reduce"]
+    sent = 4 * (SIZE_A + SIZE_B)
+    assert (bank.sent_between_workers, all_reduce.sent_between_workers) == (sent, 1.5 * sent)
+    assert bank.messages == 3, "rows of d_model, rows of the rank, and the sum weight"
+    assert counted(bank, "collective-permute", "between workers") == 9
+    assert failures([bank]) == []
+    held = 3 * sent + 4 * SIZE  # with two moments each, and the base
+    assert held < bank.argument_bytes < 1.1 * held
+    assert 3 * sent <= bank.reused_bytes < 3.5 * sent
+
+
+def test_sharded_adapters_leave_their_base_where_it_lies(adapted_and_sharded):
+    for report in adapted_and_sharded.values():
+        assert failures([report]) == []
+        assert counted(report, "all-gather", "inside workers") > 0
+        assert counted(report, "reduce-scatter", "inside workers") is None, "it has no gradient"
+        # lora_a is whole on each of the four chips, lora_b on each of two.
+        assert report.sent_between_workers == 4 * (4 * SIZE_A + 2 * SIZE_B)
+        held = 3 * 4 * (SIZE_A + SIZE_B // 2) + 2 * (SIZE + 3 * NORMS) // 4
+        assert held < report.argument_bytes < 1.1 * held
+    assert adapted_and_sharded["bank"].messages == 3
+    assert adapted_and_sharded["delayed cycle"].messages == 1 + 2
+
+
 def test_a_sharded_worker_gathers_inside_itself_and_sends_its_parts(sharded):
     for report in sharded.values():
         assert failures([report]) == []
@@ -110,8 +151,7 @@ def test_what_is_sent_in_a_round_is_one_model_however_it_is_sharded(whole, shard
 
 
 def test_parameters_that_cannot_be_cut_are_counted_and_sent_by_every_chip():
-    model = dataclasses.replace(MODEL, vocab_size=259)
-    cut, by_3 = wire(model, a_mesh(2, 2)), wire(model, a_mesh(3, 1))
+    cut, by_3 = wire(PARAMS, a_mesh(2, 2)), wire(PARAMS, a_mesh(3, 1))
     assert (cut.parameters, cut.leaves, cut.whole) == (SIZE, LEAVES, NORMS)
     assert cut.sent_bytes == 4 * (SIZE + 3 * NORMS)
     assert 0 < by_3.whole <= SIZE
@@ -128,7 +168,7 @@ def outcomes(found, written, with_slices=False):
     slices = 2 if with_slices else 1
     links = link_model(PodShape("v5e:1x2" if with_slices else "v5e:1x4", slices, 4))
     compiled = Compiled(found, written, 0, 0, 0, 0, 0.0)
-    return [check.passed for check in checks(program, compiled, wire(MODEL, a_mesh(1, 1)), links)]
+    return [check.passed for check in checks(program, compiled, wire(PARAMS, a_mesh(1, 1)), links)]
 
 
 def test_bad_programs_are_noticed():
@@ -164,7 +204,7 @@ def test_a_failed_check_is_a_line_that_says_what_was_found(whole):
 def test_the_report_reads_as_lines_of_words(sharded):
     shape = PodShape("v5e:1x8", 1, 2)
     lines = [
-        *shape_lines(shape, "hypercube", wire(MODEL, a_mesh(4, 1))),
+        *shape_lines(shape, "hypercube", wire(PARAMS, a_mesh(4, 1))),
         *report_lines(list(sharded.values())),
     ]
     words = [" ".join(line.split()) for line in lines]
@@ -209,11 +249,3 @@ def test_the_environment_that_libtpu_wants_is_the_one_that_ci_sets():
     ci = (Path(__file__).parents[2] / ".ci" / "run").read_text()
     for name, value in pod_shapes._ENVIRONMENT.items():
         assert f"{name}={value}" in ci
-
-
-def test_a_config_with_adapters_is_refused():
-    """Rather than reported as if all parameters were trained."""
-    bank, *_ = programs("gosgd", 2, with_cycle=False)
-    config = TrainConfig(lora=LoraConfig())
-    with pytest.raises(ConfigError, match=r"training\.lora: .* must be null"):
-        compile_program(bank, RANDOM_TINY, config, make_mesh(2))

@@ -18,8 +18,9 @@ from persyn_jax.models.adapters import Adapters
 from persyn_jax.models.spec import ModelConfig
 
 CONFIG = numpy_llama.small_config(tied=True)
+PHI3 = dataclasses.replace(CONFIG, family="phi3")
 PARAMS = numpy_llama.random_params(CONFIG, seed=1)
-LLAMA = Path(__file__).parent / "parity" / "llama"
+PARITY = Path(__file__).parent / "parity"
 ALL = ("q", "k", "v", "o", "gate", "up", "down")
 
 
@@ -80,7 +81,7 @@ def test_new_adapters_change_nothing_and_are_drawn_by_name():
 
 @pytest.fixture
 def folder(tmp_path):
-    adapters.write_adapters(tmp_path / "adapter", random_adapters(), "owner/base", "abc")
+    adapters.write_adapters(tmp_path / "adapter", random_adapters(), CONFIG, "owner/base", "abc")
     return tmp_path / "adapter"
 
 
@@ -93,7 +94,7 @@ def test_round_trip_is_bitwise(folder):
 def test_the_folder_is_as_peft_documents_it(tmp_path):
     """Keys of a checkpoint and of its config, from PEFT's own guide to them, version 0.20."""
     found = random_adapters(("q", "down"))
-    adapters.write_adapters(tmp_path, found, "owner/base", None)
+    adapters.write_adapters(tmp_path, found, CONFIG, "owner/base", None)
     layers = found.params["layers"]
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     stem = "base_model.model.model.layers.{}.{}.lora_{}.weight"
@@ -125,25 +126,30 @@ def test_the_folder_is_as_peft_documents_it(tmp_path):
     assert expected.items() <= described.items()
 
 
-def test_an_adapter_of_peft_is_read_and_written_alike(tmp_path):
+@pytest.mark.parametrize(
+    ("family", "targets"), [("llama", {"q", "down"}), ("phi3", {"q", "k", "v", "gate", "up", "o"})]
+)
+def test_an_adapter_of_peft_is_read_and_written_alike(family, targets, tmp_path):
     """Recorded by `parity/record_parity.py`: PEFT's folder, and what torch said with it."""
-    config = folders.read_config(LLAMA)
-    params = weights.folder_params(LLAMA, config)
-    found = adapters.read_adapters(LLAMA / "adapter", config)
+    base = PARITY / family
+    config = folders.read_config(base)
+    params = weights.folder_params(base, config)
+    found = adapters.read_adapters(base / "adapter", config)
     assert (found.alpha, found.scale) == (6, 3)
+    assert found.params["layers"].keys() == targets
     adapted = dataclasses.replace(config, lora_scale=found.scale)
-    tokens_BT = np.load(LLAMA / "expected.npz")["tokens"]
+    tokens_BT = np.load(base / "expected.npz")["tokens"]
     logits_BTV = logits_of(adapted, adapters.with_adapters(params, found.params), tokens_BT)
-    expected_BTV = np.load(LLAMA / "adapter" / "logits.npz")["logits"]
+    expected_BTV = np.load(base / "adapter" / "logits.npz")["logits"]
     np.testing.assert_allclose(logits_BTV, expected_BTV, rtol=0, atol=1e-4)
-    adapters.write_adapters(tmp_path, found, "llama", None)
+    adapters.write_adapters(tmp_path, found, config, family, None)
     name = "adapter_model.safetensors"
-    ours, theirs = load_file(tmp_path / name), load_file(LLAMA / "adapter" / name)
+    ours, theirs = load_file(tmp_path / name), load_file(base / "adapter" / name)
     assert ours.keys() == theirs.keys()
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
     ours, theirs = (
         json.loads((path / "adapter_config.json").read_text())
-        for path in (tmp_path, LLAMA / "adapter")
+        for path in (tmp_path, base / "adapter")
     )
     assert sorted(theirs["target_modules"]) == ours.pop("target_modules")
     assert ours.items() <= theirs.items()
@@ -197,11 +203,70 @@ def test_a_damaged_folder_is_one_line(folder, damage, named):
     assert str(folder) in str(caught.value)
 
 
-def test_an_adapter_of_a_fused_kernel_is_refused():
-    config = dataclasses.replace(CONFIG, family="phi3")
-    adapters.adapter_shapes(config, 2, ("o", "down"))
-    with pytest.raises(ConfigError, match=r"lora.targets: 'gate' .* allowed: o, down"):
-        adapters.adapter_shapes(config, 2, ("o", "gate"))
+@pytest.fixture
+def fused(tmp_path):
+    adapters.write_adapters(tmp_path / "fused", random_adapters(config=PHI3), PHI3, "phi3", None)
+    return tmp_path / "fused"
+
+
+def test_a_fused_kernel_has_the_adapters_of_its_parts_side_by_side(tmp_path):
+    """As PEFT merges: W + lora_alpha / r lora_B lora_A of the fused tensors. Whole numbers, so that
+    their products are exact in any order."""
+    shapes = adapters.adapter_shapes(PHI3, 3, ALL)
+    rng = np.random.default_rng(3)
+    drawn = jax.tree.map(lambda s: rng.integers(1, 5, s.shape).astype(np.float32), shapes)
+    found = Adapters(drawn, 6)
+    adapters.write_adapters(tmp_path, found, PHI3, "phi3", None)
+    described = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert described["target_modules"] == ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]
+    assert (described["r"], described["rank_pattern"]) == (3, {"qkv_proj": 9, "gate_up_proj": 6})
+    written = load_file(tmp_path / "adapter_model.safetensors")
+    before = folders.tensors(PHI3, PARAMS)
+    after = folders.tensors(PHI3, adapters.merge(PARAMS, found))
+    stem = "base_model.model.{}.lora_{}.weight"
+    for name in after:
+        module = name.removesuffix(".weight")
+        pattern = module.rpartition(".")[2]
+        if pattern not in described["target_modules"]:
+            np.testing.assert_array_equal(after[name], before[name])
+            continue
+        lora_a, lora_b = (written.pop(stem.format(module, factor)) for factor in "AB")
+        rank = described["rank_pattern"].get(pattern, described["r"])
+        scale = described["alpha_pattern"].get(pattern, described["lora_alpha"]) / rank
+        assert (lora_a.shape[0], lora_b.shape[1], scale) == (rank, rank, 2)
+        np.testing.assert_array_equal(after[name], before[name] + scale * lora_b @ lora_a)
+    assert not written, "nothing else"
+
+
+def test_a_fused_round_trip_is_bitwise(fused):
+    expected, found = random_adapters(config=PHI3), adapters.read_adapters(fused, PHI3)
+    assert found.alpha == expected.alpha
+    jax.tree.map(np.testing.assert_array_equal, found.params, expected.params)
+
+
+def dense(tensors):
+    """As PEFT's own training would leave it: one adapter of the whole."""
+    return {name: array + 1 if "qkv" in name else array for name, array in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (rewritten(dense), "lora_B of self_attn.qkv_proj is not block-diagonal"),
+        (described_as(rank_pattern={}), "rank_pattern is {}, must be {.*'qkv_proj': 9"),
+        (described_as(alpha_pattern=None), "alpha_pattern is None, must be {.*'qkv_proj': 18"),
+    ],
+)
+def test_a_fused_adapter_that_is_not_of_its_parts_is_one_line(fused, damage, named):
+    damage(fused)
+    with pytest.raises(ConfigError, match=named):
+        adapters.read_adapters(fused, PHI3)
+
+
+def test_an_adapter_of_a_part_of_a_fused_kernel_is_refused():
+    adapters.adapter_shapes(PHI3, 2, ("o", "down", "up", "gate"))
+    with pytest.raises(ConfigError, match=r"lora.targets: gate, up are one .* 'up' is missing"):
+        adapters.adapter_shapes(PHI3, 2, ("o", "gate"))
 
 
 @pytest.mark.parametrize("read", [weights.load, weights.load_tokenizer, weights.load_config])

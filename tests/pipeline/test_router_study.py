@@ -4,8 +4,10 @@ training, and nobody is asked."""
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
+import test_pipeline_train_backbone as ordered
 from pipeline_runs import Place, small_config, snapshot
 
 from persyn_jax import store
@@ -14,6 +16,7 @@ from persyn_jax.mesh import make_mesh
 from persyn_jax.pipeline.router_study import (
     RouterStudyConfig,
     RouterStudySection,
+    compare_backbones,
     study_lines,
     study_router,
     study_run,
@@ -140,6 +143,58 @@ def test_more_prompts_than_there_are_is_refused(world, section, match):
         study(*world, **section)
 
 
+@pytest.fixture(scope="module")
+def compared():
+    """Who is best is hardly to be seen by a backbone that does not learn (`ordered.planted`)."""
+    values = to_values(
+        small_config(
+            "router={steps: 40, pairs: 32, optimiser: {learning_rate: 0.03}, lora: {rank: 8,"
+            " alpha: 16}, backbone_optimiser: {learning_rate: 0.01}}"
+        )
+    )
+    values["router_study"] = {"backbones": ["frozen", "lora", "full"]}
+    config = validate(RouterStudyConfig, values, where="study")
+    data = ordered.PROMPTS, ordered.REWARDS, ordered.BACKBONE, ordered.TOKENS
+    return compare_backbones(config, *data, make_mesh(2))
+
+
+def test_backbones_that_learn_are_found_to_be_better(compared):
+    assert [one["train"] for one in compared] == ["frozen", "lora", "full"]
+    frozen, *learned = compared
+    assert frozen["hit_at_1"] < 0.6
+    assert frozen["minus_first"] == {"mean": 0, "ci95": [0, 0]}
+    for one in learned:
+        assert one["hit_at_1"] > 0.85
+        assert one["minus_first"]["mean"] == pytest.approx(one["regret"] - frozen["regret"])
+        assert one["minus_first"]["ci95"][1] < -0.1
+    for one in compared:  # the best teacher's total is 1, the others' 0
+        assert one["regret"] == pytest.approx(1 - one["hit_at_1"])
+        assert one["seconds"] > 0
+
+
+def test_what_learns_is_counted(compared):
+    c, params = ordered.BACKBONE.config, ordered.BACKBONE.params
+    head = len(ordered.TEACHERS) * (c.d_model + 1)
+    queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    sides = 2 * (c.d_model + queries) + 2 * (c.d_model + keys) + 3 * (c.d_model + c.d_ff)
+    whole = sum(leaf.size for leaf in jax.tree.leaves(params))
+    counts = [one["trained_parameters"] for one in compared]
+    assert counts == [head, head + c.layers * 8 * sides, head + whole]
+
+
+def test_the_comparison_is_a_table(found, compared):
+    assert not any("minus_first" in line for line in study_lines(found))
+    lines = study_lines(found | {"backbones": json.loads(json.dumps(compared, allow_nan=False))})
+    place = lines.index("What learns of the backbone; regret minus that of frozen:")
+    heads, _, frozen, lora, full = (
+        [cell.strip() for cell in line.strip("|").split("|")] for line in lines[place + 2 :]
+    )
+    assert heads == list(compared[0])
+    assert [row[0] for row in (frozen, lora, full)] == ["frozen", "lora", "full"]
+    assert frozen[-1] == "+0.0000 [+0.0000, +0.0000]"
+    assert full[1] == str(compared[2]["trained_parameters"])
+
+
 def test_a_run_that_is_not_there_is_one_line_and_stays_away(tmp_path):
     values = to_values(small_config(f"run.folder={tmp_path}"))
     config = validate(RouterStudyConfig, values, where="study")
@@ -153,7 +208,8 @@ def test_the_script_studies_a_finished_run_and_asks_nobody(finished_run, tmp_pat
     place = Place(tmp_path / "copy", finished_run.place.cache)
     shutil.copytree(finished_run.place.folder, place.folder)
     before = snapshot(place.folder)
-    ended = place.finish("router_study.py", "--json", "study.json", "router_study.draws=1")
+    words = "router_study.draws=1", "router_study.backbones=[frozen, full]"
+    ended = place.finish("router_study.py", "--json", "study.json", *words)
     assert ended.code == 0, ended.stderr
     found = json.loads((place.folder / "study.json").read_text())
     assert found == store.read_json(place.run / "router_study.json")
@@ -161,6 +217,10 @@ def test_the_script_studies_a_finished_run_and_asks_nobody(finished_run, tmp_pat
     # The run's own router again: the same training on the same prompts.
     assert found["learning_curve"][-1]["regret"] == pytest.approx(summary["regret"]["router"])
     assert found["losses"]["ties_dropped"]["hit_at_1"] == summary["hit_at_1"]
+    frozen, full = found["backbones"]
+    assert frozen["regret"] == pytest.approx(summary["regret"]["router"])
+    assert full["trained_parameters"] > frozen["trained_parameters"]
+    assert "2 workers read 16 prompts in each of 20 steps, else 12 in all" in ended.stderr
     assert "Learning curve:" in ended.stdout
     new = snapshot(place.folder).keys() - before.keys()
     assert new == {"study.json", "runs/smoke/router_study.json"}

@@ -2,8 +2,8 @@
 
 `record_parity.py` writes the folders beside this file anew (weights, config.json and
 expected.npz); `record_parity.py --check FOLDER...` opens folders that we wrote in `transformers`
-and compares their logits with those recorded under the same names. A random LoRA adapter of the
-first one is recorded beside it, as PEFT writes it. It needs torch, transformers and peft (recorded
+and compares their logits with those recorded under the same names. Random LoRA adapters of two are
+recorded beside them, as PEFT writes them. It needs torch, transformers and peft (recorded
 with torch 2.13, transformers 5.24 and peft 0.21), which the project itself does not.
 """
 
@@ -95,7 +95,14 @@ def main() -> None:
         return
     for name, config in MODELS.items():
         record(HERE / name, config)
-    record_adapter("llama")
+    record_adapter("llama", ["q_proj", "down_proj"], {})
+    heads, groups = SHAPE["num_attention_heads"], SHAPE["num_key_value_heads"]
+    size = SHAPE["hidden_size"] // heads
+    parts = {
+        "qkv_proj": [heads * size, groups * size, groups * size],
+        "gate_up_proj": [SHAPE["intermediate_size"]] * 2,
+    }
+    record_adapter("phi3", ["qkv_proj", "gate_up_proj", "o_proj"], parts)
 
 
 def record(folder: Path, config) -> None:
@@ -124,13 +131,19 @@ def record(folder: Path, config) -> None:
     print(folder.name, f"loss {loss:.4f}", "greedy", generated)
 
 
-def record_adapter(name: str) -> None:
+def record_adapter(name: str, targets: list[str], parts: dict[str, list[int]]) -> None:
+    """parts: rows of each part of a fused tensor, which has an adapter for each part."""
     base = transformers.AutoModelForCausalLM.from_pretrained(
         HERE / name, attn_implementation="eager"
     )
     base.name_or_path = name
     config = peft.LoraConfig(
-        r=2, lora_alpha=6, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"
+        r=2,
+        lora_alpha=6,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+        rank_pattern={module: 2 * len(rows) for module, rows in parts.items()},
+        alpha_pattern={module: 6 * len(rows) for module, rows in parts.items()},
     )
     model = peft.get_peft_model(base, config)
     torch.manual_seed(0)
@@ -138,6 +151,9 @@ def record_adapter(name: str) -> None:
         for parameter_name, parameter in model.named_parameters():
             if "lora_" in parameter_name:
                 parameter.normal_(0.0, 0.3)
+            for module, rows in parts.items():
+                if f"{module}.lora_B" in parameter_name:
+                    parameter *= torch.block_diag(*(torch.ones(count, 2) for count in rows))
         tokens = torch.tensor(np.load(HERE / name / "expected.npz")["tokens"], dtype=torch.int64)
         logits = model(tokens).logits.numpy()
     folder = HERE / name / "adapter"
