@@ -215,7 +215,8 @@ def run_study(
             break
         _train(config, trial, examples, trials, overwrite)
         trials.append(trial)
-        if len(trials) == len(compared(config)) and config.study.gain_audit is not None:
+        first_seed = len(trials) == len(compared(config))
+        if first_seed and config.study.gain_audit is not None and may_go_on():
             audit_run(audit_config(config))
             _forget_programs()
     return Standing(examples, trials)
