@@ -79,7 +79,7 @@ def scores(
     columns_M = _columns(allowed_M, len(teachers))
     known = Knowledge(
         _of_columns(seen, columns_M),
-        _of_columns(asked, columns_M),
+        asked if len(columns_M) == len(teachers) else _of_columns(asked, columns_M),
         [teachers[int(column)] for column in columns_M],
         config or StrategyConfig(),
         seed,
@@ -95,7 +95,7 @@ def keep_limits(score_NM: np.ndarray, seen: Calibration, limits: Limits) -> np.n
     score_NM: of `scores`, with the same teachers allowed. Raises ConfigError where none do.
     """
     columns_M = _columns(limits.allowed_M, score_NM.shape[1])
-    open_NM = score_NM[:, columns_M]
+    open_NM = _taken(score_NM, columns_M)
     if limits.least_margin is not None:
         fallback = best_constant(seen.total_NM[:, columns_M])
         open_NM = _fall_back(open_NM, limits.least_margin, fallback)
@@ -170,7 +170,11 @@ def _prices(score_NM: np.ndarray, most_M: np.ndarray) -> np.ndarray:
 
 
 def _ahead_of_others(score_NM: np.ndarray, teacher: int) -> np.ndarray:
-    return score_NM[:, teacher] - np.delete(score_NM, teacher, axis=1).max(axis=1)
+    before_N, after_N = (
+        others_NM.max(axis=1, initial=-np.inf)
+        for others_NM in (score_NM[:, :teacher], score_NM[:, teacher + 1 :])
+    )
+    return score_NM[:, teacher] - np.maximum(before_N, after_N)
 
 
 def _of_columns(values, columns_M: np.ndarray):
@@ -182,6 +186,11 @@ def _of_columns(values, columns_M: np.ndarray):
             if name.endswith("_NM") and value is not None
         }
     )
+
+
+def _taken(value_NM: np.ndarray, columns_M: np.ndarray) -> np.ndarray:
+    """Some of the columns; where they are all of them, no copy."""
+    return value_NM if len(columns_M) == value_NM.shape[1] else value_NM[:, columns_M]
 
 
 def _fall_back(score_NM: np.ndarray, least_margin: float, fallback: int) -> np.ndarray:
@@ -208,7 +217,7 @@ def _within_limits(score_NM: np.ndarray, limits: Limits, columns_M: np.ndarray) 
         return score_NM.argmax(axis=1) if most_M is None else assign_within_counts(score_NM, most_M)
     if limits.cost_NM is None:
         raise ConfigError("budget: needs the expected cost of every answer")
-    cost_NM = limits.cost_NM[:, columns_M]
+    cost_NM = _taken(limits.cost_NM, columns_M)
     if most_M is None:
         try:
             return optimal_routes(score_NM, cost_NM, limits.budget)

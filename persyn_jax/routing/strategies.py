@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import Field
 
 from persyn_jax.config import ConfigError, config_class
-from persyn_jax.routing.clusters import cluster_means, nearest, unit_rows
+from persyn_jax.routing.clusters import CHUNK, cluster_means, nearest, unit_rows
 from persyn_jax.streams import numpy_stream
 
 StrategyName = Literal[
@@ -110,7 +110,7 @@ def score_by_neighbours(seen: Calibration, feature_ND: np.ndarray, neighbours: i
 
     neighbours: how many, at least 1; all, where fewer prompts were seen.
     """
-    nearest_Nk = nearest(unit_rows(feature_ND), unit_rows(seen.feature_ND), neighbours)
+    nearest_Nk = _nearest(feature_ND, unit_rows(seen.feature_ND), neighbours)
     score_NM = np.zeros((len(feature_ND), seen.total_NM.shape[1]))
     for nearest_N in nearest_Nk.T:  # one neighbour at a time: no array of [N, k, M]
         score_NM += seen.total_NM[nearest_N]
@@ -120,7 +120,14 @@ def score_by_neighbours(seen: Calibration, feature_ND: np.ndarray, neighbours: i
 def score_by_clusters(seen: Calibration, feature_ND: np.ndarray, clusters: int) -> np.ndarray:
     """Mean totals on the seen prompts of the nearest cluster (spherical k-means, no training)."""
     centre_KD, mean_KM = cluster_means(unit_rows(seen.feature_ND), seen.total_NM, clusters)
-    return mean_KM[nearest(unit_rows(feature_ND), centre_KD, 1)[:, 0]]
+    return mean_KM[_nearest(feature_ND, centre_KD, 1)[:, 0]]
+
+
+def _nearest(feature_ND: np.ndarray, unit_KD: np.ndarray, count: int) -> np.ndarray:
+    """`nearest` of the rows at length 1, which are not all in memory at once."""
+    starts = range(0, max(len(feature_ND), 1), CHUNK)
+    parts = [nearest(unit_rows(feature_ND[n : n + CHUNK]), unit_KD, count) for n in starts]
+    return np.concatenate(parts)
 
 
 def car(quality_NM: np.ndarray, learnability_NM: np.ndarray, beta: float) -> np.ndarray:

@@ -110,7 +110,8 @@ def test_the_head_is_for_states_as_they_come(planted):
     state_ND, total_NM, head, _, _ = planted
     prompts = [make_prompt(f"p{n}") for n in range(len(state_ND))]
     coefficient_NM = np.asarray(coefficients(head, state_ND))
-    routes = make_routes(prompts, coefficient_NM, coefficient_NM.argmax(axis=1), TEACHERS)
+    ids, chosen_N = [prompt.id for prompt in prompts], coefficient_NM.argmax(axis=1)
+    routes = list(make_routes(ids, coefficient_NM, chosen_N, TEACHERS))
     best = [TEACHERS[m] for m in total_NM.argmax(axis=1)]
     assert np.mean([r.teacher == b for r, b in zip(routes, best, strict=True)]) > 0.8
     for each, row_M in zip(routes, coefficients(head, state_ND), strict=True):
