@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 _CHUNK = 10_000  # prompts looked at together, so that what is computed on the way stays small
+_PROMPT, _TEACHER = np.int32, np.int16  # there are several steps a prompt
 
 
 class ParetoCurve(NamedTuple):
@@ -53,7 +54,7 @@ def pareto_curve(reward_NM: np.ndarray, cost_NM: np.ndarray) -> ParetoCurve:
         cheapest_N[chunk] = _cheapest(reward_NM[chunk], cost_NM[chunk])
         steps = _steps(reward_NM[chunk], cost_NM[chunk], cheapest_N[chunk])
         for moved, (rows, teacher_N, slope_N) in zip(rounds, steps, strict=False):
-            moved.append((rows + start, teacher_N, slope_N))
+            moved.append(((rows + start).astype(_PROMPT), teacher_N.astype(_TEACHER), slope_N))
     return _in_order_of_slope(reward_NM, cost_NM, cheapest_N, list(chain.from_iterable(rounds)))
 
 
@@ -82,10 +83,10 @@ def _steps(
 def _in_order_of_slope(
     reward_NM: np.ndarray, cost_NM: np.ndarray, cheapest_N: np.ndarray, moved: list
 ) -> ParetoCurve:
-    empty = (np.zeros(0, int), np.zeros(0, int), np.zeros(0))
+    empty = (np.zeros(0, _PROMPT), np.zeros(0, _TEACHER), np.zeros(0))
     prompt_S, teacher_S, slope_S = map(np.concatenate, zip(empty, *moved, strict=True))
     order_S = np.argsort(-slope_S, kind="stable")  # stable: a prompt's own steps stay in order
-    prompt_S, teacher_S = prompt_S[order_S].astype(int), teacher_S[order_S].astype(int)
+    prompt_S, teacher_S = prompt_S[order_S], teacher_S[order_S]
 
     before_S = _teacher_before(prompt_S, teacher_S, cheapest_N)
     rows = np.arange(len(cheapest_N))

@@ -84,8 +84,11 @@ def scores(
         config or StrategyConfig(),
         seed,
     )
+    open_NM = STRATEGIES[strategy](known)
+    if len(columns_M) == len(teachers):
+        return np.ascontiguousarray(open_NM, np.float64)
     score_NM = np.full((len(asked.source_N), len(teachers)), -np.inf)
-    score_NM[:, columns_M] = STRATEGIES[strategy](known)
+    score_NM[:, columns_M] = open_NM
     return score_NM
 
 

@@ -114,7 +114,8 @@ def score_by_neighbours(seen: Calibration, feature_ND: np.ndarray, neighbours: i
     score_NM = np.zeros((len(feature_ND), seen.total_NM.shape[1]))
     for nearest_N in nearest_Nk.T:  # one neighbour at a time: no array of [N, k, M]
         score_NM += seen.total_NM[nearest_N]
-    return score_NM / nearest_Nk.shape[1]
+    score_NM /= nearest_Nk.shape[1]
+    return score_NM
 
 
 def score_by_clusters(seen: Calibration, feature_ND: np.ndarray, clusters: int) -> np.ndarray:

@@ -202,6 +202,20 @@ def test_bad_limits_are_refused_before_anything_is_asked(overrides, match):
         small_config(*overrides)
 
 
+def test_states_made_a_few_prompts_at_a_time_route_the_same(script, tmp_path, monkeypatch):
+    run = tmp_path / "runs" / "smoke"
+    before = store.read_records(run / "routes.parquet", Route)
+    for name in ("states.safetensors", "routes.parquet", "stages/route.json"):
+        (run / name).unlink()
+    monkeypatch.setattr("persyn_jax.pipeline.states._CHUNK", 7)
+    ended = script()
+    assert ended.code == 0, ended.stderr
+    after = store.read_records(run / "routes.parquet", Route)
+    assert [(r.prompt_id, r.teacher) for r in after] == [(r.prompt_id, r.teacher) for r in before]
+    for one, other in zip(after, before, strict=True):
+        assert one.coefficients == pytest.approx(other.coefficients, rel=1e-5, abs=1e-6)
+
+
 @pytest.fixture
 def script(finished_run, tmp_path, monkeypatch, capfd):
     """route.py on a copy of the finished run, in this process."""
