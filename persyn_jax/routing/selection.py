@@ -202,9 +202,10 @@ def _fall_back(score_NM: np.ndarray, least_margin: float, fallback: int) -> np.n
         return score_NM
     rows = np.arange(len(score_NM))
     best_N = score_NM.argmax(axis=1)
-    second_N, first_N = np.partition(score_NM, -2, axis=1)[:, -2:].T
-    unsure_N = first_N - second_N < least_margin
-    result_NM = score_NM.copy()
+    first_N, result_NM = score_NM[rows, best_N], score_NM.copy()
+    result_NM[rows, best_N] = -np.inf
+    unsure_N = first_N - result_NM.max(axis=1) < least_margin
+    result_NM[rows, best_N] = first_N
     result_NM[rows[unsure_N], best_N[unsure_N]] = score_NM[unsure_N, fallback]
     result_NM[unsure_N, fallback] = first_N[unsure_N]
     return result_NM
@@ -237,8 +238,8 @@ def _within_counts_and_budget(
     def total(value_NM: np.ndarray, chosen_N: np.ndarray) -> float:
         return float(value_NM[np.arange(len(chosen_N)), chosen_N].sum())
 
-    within = [assign_within_counts(-cost_NM, most_M)]
-    least = total(cost_NM, within[0])
+    best_N = assign_within_counts(-cost_NM, most_M)
+    least = total(cost_NM, best_N)
     if least > budget:
         raise ConfigError(
             f"a budget of {budget:g} is too small: the cheapest routes found within the shares "
@@ -250,7 +251,7 @@ def _within_counts_and_budget(
     for _ in range(_PRICES):
         chosen_N = assign_within_counts(score_NM - price * cost_NM, most_M)
         if total(cost_NM, chosen_N) <= budget:
-            within.append(chosen_N)
+            best_N = max(best_N, chosen_N, key=lambda routes_N: total(score_NM, routes_N))
             high = price
         else:
             low = price
@@ -258,4 +259,4 @@ def _within_counts_and_budget(
             break
         doubled = 2 * low or np.ptp(score_NM) / max(np.ptp(cost_NM), 1e-300)
         price = doubled if high == np.inf else (low + high) / 2
-    return max(within, key=lambda chosen_N: total(score_NM, chosen_N))
+    return best_N

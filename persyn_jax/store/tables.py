@@ -77,7 +77,7 @@ def iterate_records(path: Path, record_type: type[Record], **equal: str) -> Iter
                 table = file.read_row_group(group)
                 _check_rows(path, table.num_rows, count)
                 for name, value in equal.items():
-                    table = table.filter(pc.equal(table[name], value))
+                    table = table.filter(pc.call_function("equal", [table[name], value]))
                 for batch in table.to_batches(max_chunksize=_GROUP_ROWS):
                     yield from (record_type(**row) for row in batch.to_pylist())
     except ConfigError:
