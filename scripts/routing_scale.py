@@ -18,7 +18,7 @@ CONFIG = Path(__file__).parents[1] / "configs" / "routing_scale.yaml"
 def _line(found) -> str:
     return (
         f"{found.seconds:8.1f} s ({found.processor_seconds:.1f} s of processor time), peak "
-        f"{found.peak_memory_gb:.2f} GB  {found.what}"
+        f"{found.peak_memory_gb:.3f} GB  {found.what}"
     )
 
 

@@ -1,7 +1,9 @@
 """Stage route: a strategy chooses one teacher for every prompt within limits, and what the answers
 will cost is known before they are asked for."""
 
-from collections.abc import Sequence
+import sys
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +19,23 @@ from persyn_jax.sampling.spending import price
 CURVE_POINTS = 6
 DRAWN = ("random", "mix")
 """Strategies whose scores are drawn: no reward is expected of them."""
+BY_FEATURE = ("knn", "clusters")
+"""Strategies that compare the prompts' states."""
+_CHUNK = 10_000  # prompts looked at together, so that what is computed on the way stays small
+
+
+class Outline(NamedTuple):
+    """All that routing looks at in the N prompts: not their text, which need not be in memory.
+
+    Calibration prompts come first.
+    """
+
+    id_N: list[str]
+    source_N: list[str]
+    characters_N: np.ndarray
+    """float64: of all messages together."""
+    calibration: int
+    """How many there are of them."""
 
 
 class Expected(NamedTuple):
@@ -32,12 +51,27 @@ class Expected(NamedTuple):
 class Routed(NamedTuple):
     """The routes of the prompts, in their order, and what they come to."""
 
-    routes: list[Route]
+    routes: Iterator[Route]
+    """Made as they are taken."""
     summary: dict[str, Any]
 
 
+def outline(prompts: Iterable[Prompt]) -> Outline:
+    """Raises ValueError where a calibration prompt follows another one."""
+    ids, sources, characters, calibration = [], [], array("d"), 0
+    for prompt in prompts:
+        if prompt.split == "calibration":
+            if calibration != len(ids):
+                raise ValueError(f"calibration prompt {prompt.id!r} must come before the others")
+            calibration += 1
+        ids.append(prompt.id)
+        sources.append(sys.intern(prompt.source))
+        characters.append(sum(len(message["content"]) for message in prompt.messages))
+    return Outline(ids, sources, np.array(characters), calibration)
+
+
 def route(
-    prompts: Sequence[Prompt],
+    prompts: Outline,
     asked: Asked,
     seen: Calibration,
     expected: Expected,
@@ -68,31 +102,34 @@ def route(
     score_NM = scores(config.strategy, seen, asked, names, config, limits.allowed_M, seed)
     chosen_N = keep_limits(score_NM, seen, limits)
     summary = {
-        "routes": len(prompts),
+        "routes": len(prompts.id_N),
         "strategy": config.strategy,
         "moved": int((chosen_N != score_NM.argmax(axis=1)).sum()),
         **_cost(prompts, chosen_N, expected, names),
         "pareto": _pareto(config, prompts, score_NM, expected),
     }
     assert asked.coefficient_NM is not None
-    return Routed(make_routes(prompts, asked.coefficient_NM, chosen_N, names), summary)
+    return Routed(make_routes(prompts.id_N, asked.coefficient_NM, chosen_N, names), summary)
 
 
 def make_routes(
-    prompts: Sequence[Prompt],
+    prompt_ids: Sequence[str],
     coefficient_NM: np.ndarray,
     chosen_N: np.ndarray,
     teachers: Sequence[str],
-) -> list[Route]:
+) -> Iterator[Route]:
     """The records: the router's coefficients on each prompt, whatever the strategy, and the index
     of the teacher that was chosen."""
-    top_N2 = -np.sort(-coefficient_NM, axis=1)[:, :2]
-    margin_N = top_N2[:, 0] - top_N2[:, 1]
-    columns = coefficient_NM.tolist(), chosen_N.tolist(), margin_N.tolist()
-    return [
-        Route(prompt.id, coefficients, teachers[chosen], margin)
-        for prompt, coefficients, chosen, margin in zip(prompts, *columns, strict=True)
-    ]
+    for rows in _chunks(len(prompt_ids)):
+        top_N2 = -np.sort(-coefficient_NM[rows], axis=1)[:, :2]
+        margin_N = top_N2[:, 0] - top_N2[:, 1]
+        columns = coefficient_NM[rows].tolist(), chosen_N[rows].tolist(), margin_N.tolist()
+        for prompt_id, coefficients, chosen, margin in zip(prompt_ids[rows], *columns, strict=True):
+            yield Route(prompt_id, coefficients, teachers[chosen], margin)
+
+
+def _chunks(prompts: int) -> Iterator[slice]:
+    return (slice(start, start + _CHUNK) for start in range(0, prompts, _CHUNK))
 
 
 def make_limits(
@@ -111,7 +148,7 @@ def make_limits(
 
 
 def expect_cost(
-    prompts: Sequence[Prompt], answers: Sequence[Answer], teachers: Sequence[TeacherConfig]
+    prompts: Outline, answers: Iterable[Answer], teachers: Sequence[TeacherConfig]
 ) -> Expected:
     """By what the calibration answers took: of a prompt, with all that a teacher puts before it,
     the tokens of the straight line through tokens over characters; of an answer, the mean length
@@ -119,32 +156,33 @@ def expect_cost(
 
     answers: of every teacher to every calibration prompt among `prompts`.
     """
-    calibration = [prompt for prompt in prompts if prompt.split == "calibration"]
-    row_of = {prompt.id: row for row, prompt in enumerate(calibration)}
+    paid = prompts.calibration
+    row_of = {prompt_id: row for row, prompt_id in enumerate(prompts.id_N[:paid])}
     column_of = {teacher.name: column for column, teacher in enumerate(teachers)}
     prompt_NM, answer_NM = np.zeros((2, len(row_of), len(column_of)))
     for answer in answers:
         cell = row_of[answer.prompt_id], column_of[answer.teacher]
         prompt_NM[cell], answer_NM[cell] = answer.prompt_tokens, answer.completion_tokens
-    seen = Calibration(answer_NM, [prompt.source for prompt in calibration], np.empty(0))
-    read_NM = _on_a_line(_characters(calibration), prompt_NM, _characters(prompts))
-    answered_NM = score_by_source(seen, [prompt.source for prompt in prompts])
-    paid_N = np.array([prompt.split == "calibration" for prompt in prompts], bool)
-    read_NM[paid_N] = answered_NM[paid_N] = 0
-    usd_NM = None
-    if all(price(teacher, 0, 0) is not None for teacher in teachers):
-        usd_NM = expected_usd(
-            read_NM,
-            answered_NM,
-            [price(teacher, 10**6, 0) for teacher in teachers],
-            [price(teacher, 0, 10**6) for teacher in teachers],
-            list(column_of),
-        )
-    return Expected(read_NM + answered_NM, usd_NM)
-
-
-def _characters(prompts: Sequence[Prompt]) -> np.ndarray:
-    return np.array([sum(len(m["content"]) for m in prompt.messages) for prompt in prompts], float)
+    seen = Calibration(answer_NM, prompts.source_N[:paid], np.empty(0))
+    tokens_NM = np.zeros((len(prompts.id_N), len(column_of)))
+    known = all(price(teacher, 0, 0) is not None for teacher in teachers)
+    usd_NM = np.zeros_like(tokens_NM) if known else None
+    for rows in _chunks(len(prompts.id_N)):
+        read_NM = _on_a_line(prompts.characters_N[:paid], prompt_NM, prompts.characters_N[rows])
+        answered_NM = score_by_source(seen, prompts.source_N[rows])
+        tokens_NM[rows] = read_NM + answered_NM
+        if usd_NM is not None:
+            usd_NM[rows] = expected_usd(
+                read_NM,
+                answered_NM,
+                [price(teacher, 10**6, 0) for teacher in teachers],
+                [price(teacher, 0, 10**6) for teacher in teachers],
+                list(column_of),
+            )
+    for cost_NM in (tokens_NM, usd_NM):
+        if cost_NM is not None:
+            cost_NM[:paid] = 0
+    return Expected(tokens_NM, usd_NM)
 
 
 def _on_a_line(seen_N: np.ndarray, value_NM: np.ndarray, asked_N: np.ndarray) -> np.ndarray:
@@ -157,11 +195,10 @@ def _on_a_line(seen_N: np.ndarray, value_NM: np.ndarray, asked_N: np.ndarray) ->
 
 
 def _cost(
-    prompts: Sequence[Prompt], chosen_N: np.ndarray, expected: Expected, names: list[str]
+    prompts: Outline, chosen_N: np.ndarray, expected: Expected, names: list[str]
 ) -> dict[str, Any]:
-    new_N = np.array([prompt.split != "calibration" for prompt in prompts], bool)
-    share_M = np.bincount(chosen_N, minlength=len(names)) / len(prompts)
-    to_ask_M = np.bincount(chosen_N[new_N], minlength=len(names))
+    share_M = np.bincount(chosen_N, minlength=len(names)) / len(chosen_N)
+    to_ask_M = np.bincount(chosen_N[prompts.calibration :], minlength=len(names))
     tokens_M = _by_teacher(expected.tokens_NM, chosen_N)
     usd_M = None if expected.usd_NM is None else _by_teacher(expected.usd_NM, chosen_N)
     return {
@@ -186,15 +223,14 @@ def _by_teacher(cost_NM: np.ndarray, chosen_N: np.ndarray) -> np.ndarray:
 
 
 def _pareto(
-    config: RoutingConfig, prompts: Sequence[Prompt], score_NM: np.ndarray, expected: Expected
+    config: RoutingConfig, prompts: Outline, score_NM: np.ndarray, expected: Expected
 ) -> dict[str, Any] | None:
-    new_N = np.array([prompt.split != "calibration" for prompt in prompts], bool)
-    if config.strategy in DRAWN or not new_N.any():
+    if config.strategy in DRAWN or prompts.calibration == len(score_NM):
         return None
     cost_NM = expected.tokens_NM if expected.usd_NM is None else expected.usd_NM
-    open_NM = score_NM[new_N]
+    open_NM = score_NM[prompts.calibration :]
     drawn = np.mean(open_NM, axis=1, where=open_NM > -np.inf).sum()
-    points = thin(pareto_curve(open_NM, cost_NM[new_N]), CURVE_POINTS)
+    points = thin(pareto_curve(open_NM, cost_NM[prompts.calibration :]), CURVE_POINTS)
     return {
         "unit": "tokens" if expected.usd_NM is None else "usd",
         "points": [

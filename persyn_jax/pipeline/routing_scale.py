@@ -82,7 +82,7 @@ def _timed(what: str, work: Callable[[], dict[str, Any]]) -> Measured:
     summary = work()
     seconds, used = time.perf_counter() - started, time.process_time() - used
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    return Measured(what, round(seconds, 2), round(used, 2), round(peak, 2), summary)
+    return Measured(what, round(seconds, 2), round(used, 2), round(peak, 3), summary)
 
 
 def _in_words(routing: RoutingConfig) -> str:
@@ -134,20 +134,27 @@ def _draw(config: RoutingScaleConfig, run: Run) -> dict[str, Any]:
     rewards = make_rewards(
         answers, quality.tolist(), learnability.tolist(), [40] * len(answers), alpha=0.4
     )
-    rest = [_prompt(config, n) for n in range(config.calibration, config.prompts)]
-    run.write(PROMPTS, calibration + rest, Prompt)
+    run.write(PROMPTS, (_prompt(config, n) for n in range(config.prompts)), Prompt)
     run.write(CALIBRATION_ANSWERS, answers, Answer)
     run.write(REWARDS, rewards, Reward)
     width = load_config(run.config.router_backbone).d_model
-    state_ND = rng.normal(size=(config.prompts, width)).astype(np.float32)
-    head = {
-        "kernel": rng.normal(size=(len(teachers), width)).astype(np.float32),
-        "bias": rng.normal(size=len(teachers)).astype(np.float32),
-    }
-    seen_ND, rest_ND = np.split(state_ND, [config.calibration])
+
+    def drawn(*shape: int) -> np.ndarray:
+        return rng.normal(size=shape).astype(np.float32)
+
+    head = {"kernel": drawn(len(teachers), width), "bias": drawn(len(teachers))}
     backbone, folder = run.config.router_backbone, run.folder / ROUTER
+    seen_ND = drawn(config.calibration, width)
     router.save_router(folder, router.Router(head, seen_ND), teachers, backbone)
-    keep_states(run.folder / STATES, folder, backbone, config.seed, rest, rest_ND)
+    rest = range(config.calibration, config.prompts)
+    keep_states(
+        run.folder / STATES,
+        folder,
+        backbone,
+        config.seed,
+        (_prompt(config, n) for n in rest),
+        (drawn(1, width) for _ in rest),
+    )
     return {"prompts": config.prompts, "calibration_answers": len(answers)}
 
 

@@ -48,8 +48,8 @@ class Run:
     def read(self, name: str, record_type: type) -> list:
         return store.read_records(self.folder / name, record_type)
 
-    def iterate(self, name: str, record_type: type) -> Iterator:
-        return store.iterate_records(self.folder / name, record_type)
+    def iterate(self, name: str, record_type: type, **equal: str) -> Iterator:
+        return store.iterate_records(self.folder / name, record_type, **equal)
 
     def write(self, name: str, records: Iterable, record_type: type) -> None:
         store.write_records(self.folder / name, records, record_type)

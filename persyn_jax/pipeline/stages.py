@@ -165,46 +165,72 @@ def _route(run: Run, _: Path) -> dict[str, Any]:
     import numpy as np
 
     from persyn_jax.models import router
-    from persyn_jax.pipeline.route import expect_cost, route, summary_lines
-    from persyn_jax.pipeline.states import kept_states
+    from persyn_jax.pipeline.route import (
+        BY_FEATURE,
+        expect_cost,
+        outline,
+        route,
+        summary_lines,
+    )
+    from persyn_jax.pipeline.states import in_blocks, kept_states
     from persyn_jax.pipeline.train_router import split_calibration
     from persyn_jax.routing.preferences import reward_matrix
     from persyn_jax.routing.strategies import Asked, make_calibration
 
     config, mesh = run.config, run.mesh()
-    prompts = run.read(PROMPTS, Prompt)
-    calibration = [prompt for prompt in prompts if prompt.split == "calibration"]
-    rest = [prompt for prompt in prompts if prompt.split == "train"]
-    routed = calibration + rest
-    rewards = run.read(REWARDS, Reward)
-    head, names, state_ND = router.load_router(run.folder / ROUTER)
+    prompts = outline(_routed_prompts(run))
+    head, names, seen_ND = router.load_router(run.folder / ROUTER)
     # No strategy may know more than the router, which was judged by the others.
-    taught_N = split_calibration(calibration, config.router.held_out, config.run.seed)[0]
-    taught = [calibration[n] for n in taught_N]
-    metric = config.rewards.learnability
-    seen = make_calibration(taught, rewards, names, state_ND[taught_N], metric)
-    if rest:
-        backbone, seed = config.router_backbone, config.run.seed
-        rest_ND = kept_states(run.folder / STATES, run.folder / ROUTER, backbone, seed, rest, mesh)
-        state_ND = np.concatenate([state_ND, rest_ND])
+    sources = prompts.source_N[: prompts.calibration]
+    taught_N = split_calibration(sources, config.router.held_out, config.run.seed)[0]
+    seen = make_calibration(
+        [prompts.id_N[n] for n in taught_N],
+        [sources[n] for n in taught_N],
+        run.read(REWARDS, Reward),
+        names,
+        seen_ND[taught_N],
+        config.rewards.learnability,
+    )
+    rest_ND = np.empty((0, seen_ND.shape[1]), np.float32)
+    if prompts.calibration < len(prompts.id_N):
+        rest_ND = kept_states(
+            run.folder / STATES,
+            run.folder / ROUTER,
+            config.router_backbone,
+            config.run.seed,
+            lambda: run.iterate(PROMPTS, Prompt, split="train"),
+            mesh,
+        )
     total_NM = None
     if config.routing.strategy == "oracle":
-        rewards += _rewards_of_all(run, rest)
-        total_NM = reward_matrix(rewards, [prompt.id for prompt in routed], names)
+        rest = list(run.iterate(PROMPTS, Prompt, split="train"))
+        rewards = run.read(REWARDS, Reward) + _rewards_of_all(run, rest)
+        total_NM = reward_matrix(rewards, prompts.id_N, names)
+    by_feature = config.routing.strategy in BY_FEATURE
+    coefficient_NM = np.empty((len(prompts.id_N), len(names)), np.float32)
+    for rows, state_BD in in_blocks(seen_ND, rest_ND):
+        coefficient_NM[rows] = router.coefficients(head, state_BD)
     asked = Asked(
-        source_N=[prompt.source for prompt in routed],
-        feature_ND=state_ND,
-        coefficient_NM=np.asarray(router.coefficients(head, state_ND)),
+        source_N=prompts.source_N,
+        feature_ND=np.concatenate([seen_ND, rest_ND]) if by_feature else None,
+        coefficient_NM=coefficient_NM,
         total_NM=total_NM,
     )
+    del rest_ND  # what was read of the file lies in memory until then
     teacher_of = {teacher.name: teacher for teacher in config.teachers}
     teachers = [teacher_of[name] for name in names]
-    expected = expect_cost(routed, run.read(CALIBRATION_ANSWERS, Answer), teachers)
-    found = route(routed, asked, seen, expected, teachers, config.routing, config.run.seed)
+    expected = expect_cost(prompts, run.iterate(CALIBRATION_ANSWERS, Answer), teachers)
+    found = route(prompts, asked, seen, expected, teachers, config.routing, config.run.seed)
     for line in summary_lines(found.summary):
         say(line)
     run.write(ROUTES, found.routes, Route)
     return found.summary
+
+
+def _routed_prompts(run: Run) -> Iterator[Prompt]:
+    """In the order of the routes, a row group in memory at a time."""
+    for split in ("calibration", "train"):
+        yield from run.iterate(PROMPTS, Prompt, split=split)
 
 
 def _rewards_of_all(run: Run, prompts: list[Prompt]) -> list[Reward]:
@@ -230,17 +256,17 @@ def _rewards_of_all(run: Run, prompts: list[Prompt]) -> list[Reward]:
 
 def _generate(run: Run, _: Path) -> dict[str, Any]:
     from persyn_jax.pipeline.answers import in_all
-    from persyn_jax.pipeline.generate import check_cost, generate, in_chunks, to_examples
+    from persyn_jax.pipeline.generate import beside, check_cost, generate, in_chunks, to_examples
 
     config = run.config
-    prompts, routes = run.read(PROMPTS, Prompt), run.read(ROUTES, Route)
     summaries = []
 
     def chosen() -> Iterator[Answer]:
-        for chunk in in_chunks(routes, config.client):
+        routed = beside(_routed_prompts(run), run.iterate(ROUTES, Route))
+        for chunk in in_chunks(routed, config.client):
             found = generate(
-                prompts,
-                chunk,
+                [prompt for prompt, _ in chunk],
+                [route for _, route in chunk],
                 config.teachers,
                 run.own_weights(),
                 answers,
@@ -252,7 +278,9 @@ def _generate(run: Run, _: Path) -> dict[str, Any]:
 
     with store.AnswerStore(config.run.answers) as answers:
         run.write(ANSWERS, chosen(), Answer)
-    run.write(EXAMPLES, to_examples(prompts, run.iterate(ANSWERS, Answer)), Example)
+    examples = to_examples(_routed_prompts(run), run.iterate(ANSWERS, Answer))
+    run.write(EXAMPLES, examples, Example)
+    prompts = run.iterate(PROMPTS, Prompt)
     calibration, answered = (run.iterate(name, Answer) for name in (CALIBRATION_ANSWERS, ANSWERS))
     summary = in_all(summaries)
     return summary | {

@@ -160,7 +160,8 @@ def make_lessons(
 ) -> Lessons:
     """Raises ConfigError when either part of the prompts would be empty, RuntimeError when the
     rewards give too few preference pairs."""
-    seen_N, held_out_N = split_calibration(prompts, config.held_out, config.seed)
+    sources = [prompt.source for prompt in prompts]
+    seen_N, held_out_N = split_calibration(sources, config.held_out, config.seed)
     if not (len(seen_N) and len(held_out_N)):
         raise ConfigError(
             f"router.held_out {config.held_out}: leaves {len(seen_N)} calibration prompts to train "
@@ -175,7 +176,7 @@ def make_lessons(
             f"the rewards of {len(seen_N)} calibration prompts give {pairs} preference pairs for "
             f"{config.gossip.workers} workers: the teachers' totals are equal nearly everywhere"
         )
-    source_N = np.array([prompt.source for prompt in prompts])
+    source_N = np.array(sources)
     ids = [prompt.id for prompt in prompts]
     return Lessons(total_NM, ids, source_N, seen_N, held_out_N, preferences)
 
@@ -213,12 +214,12 @@ def _judge_pairs(head: Params, total_NM: np.ndarray, state_ND: np.ndarray) -> di
 
 
 def split_calibration(
-    prompts: Sequence[Prompt], held_out: float, seed: int
+    source_N: Sequence[str], held_out: float, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(indices to train on, indices held out), int[N]: the same part of every source."""
+    """(indices of prompts to train on, indices held out), int[N]: the same part of every source."""
     seen, apart = [], []
-    for source in dict.fromkeys(prompt.source for prompt in prompts):
-        own = [index for index, prompt in enumerate(prompts) if prompt.source == source]
+    for source in dict.fromkeys(source_N):
+        own = [index for index, other in enumerate(source_N) if other == source]
         order = numpy_stream(seed, f"router held out {source}").permutation(own)
         count = round(held_out * len(own))
         apart += order[:count].tolist()

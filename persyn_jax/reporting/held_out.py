@@ -57,7 +57,8 @@ def split_calibration(records: RunRecords) -> HeldOut:
         total_NM=total_NM[held_out_N],
         coefficient_NM=coefficient_NM,
         seen=make_calibration(
-            [prompts[row] for row in seen_N],
+            [ids[row] for row in seen_N],
+            [prompts[row].source for row in seen_N],
             records.rewards,
             teachers,
             records.state_ND[seen_N],

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-_CHUNK = 4096  # prompts compared at once: similarities of all prompts to all others may not fit
+CHUNK = 4096  # prompts compared at once: similarities of all prompts to all others may not fit
 _ROUNDS = 100
 
 
@@ -16,10 +16,10 @@ def nearest(unit_ND: np.ndarray, other_KD: np.ndarray, count: int) -> np.ndarray
     """int[N, min(count, K)]: the rows of `other_KD` of the largest inner product, best first; of
     equal ones the first."""
     nearest_Nk = np.empty((len(unit_ND), min(count, len(other_KD))), int)
-    for start in range(0, len(unit_ND), _CHUNK):
-        similarity_NK = unit_ND[start : start + _CHUNK] @ other_KD.T
+    for start in range(0, len(unit_ND), CHUNK):
+        similarity_NK = unit_ND[start : start + CHUNK] @ other_KD.T
         order_NK = np.argsort(-similarity_NK, axis=1, kind="stable")
-        nearest_Nk[start : start + _CHUNK] = order_NK[:, :count]
+        nearest_Nk[start : start + CHUNK] = order_NK[:, :count]
     return nearest_Nk
 
 

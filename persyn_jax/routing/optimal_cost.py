@@ -9,10 +9,14 @@ and those routes are the best at their cost: each is argmax reward - lambda * co
 slope there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
+
+_CHUNK = 10_000  # prompts looked at together, so that what is computed on the way stays small
+_PROMPT, _TEACHER = np.int32, np.int16  # there are several steps a prompt
 
 
 class ParetoCurve(NamedTuple):
@@ -43,11 +47,23 @@ def pareto_curve(reward_NM: np.ndarray, cost_NM: np.ndarray) -> ParetoCurve:
     teacher may be asked.
     """
     reward_NM, cost_NM = _checked(reward_NM, cost_NM)
-    rows = np.arange(len(reward_NM))
-    cheapest_N = _cheapest(reward_NM, cost_NM)
-    here_N = cheapest_N
+    cheapest_N = np.zeros(len(reward_NM), int)
+    rounds: list[list[tuple[np.ndarray, ...]]] = [[] for _ in range(reward_NM.shape[1])]
+    for start in range(0, len(reward_NM), _CHUNK):
+        chunk = slice(start, start + _CHUNK)
+        cheapest_N[chunk] = _cheapest(reward_NM[chunk], cost_NM[chunk])
+        steps = _steps(reward_NM[chunk], cost_NM[chunk], cheapest_N[chunk])
+        for moved, (rows, teacher_N, slope_N) in zip(rounds, steps, strict=False):
+            moved.append(((rows + start).astype(_PROMPT), teacher_N.astype(_TEACHER), slope_N))
+    return _in_order_of_slope(reward_NM, cost_NM, cheapest_N, list(chain.from_iterable(rounds)))
+
+
+def _steps(
+    reward_NM: np.ndarray, cost_NM: np.ndarray, cheapest_N: np.ndarray
+) -> Iterator[tuple[np.ndarray, ...]]:
+    """The first step of each prompt that has one, the second, ...: (prompts, teachers, slopes)."""
+    rows, here_N = np.arange(len(reward_NM)), cheapest_N
     slope_N = np.full(len(rows), np.inf)
-    moved: list[tuple[np.ndarray, ...]] = []
     while rows.size:
         more_cost_NM = cost_NM[rows] - cost_NM[rows, here_N][:, None]
         more_reward_NM = reward_NM[rows] - reward_NM[rows, here_N][:, None]
@@ -61,17 +77,16 @@ def pareto_curve(reward_NM: np.ndarray, cost_NM: np.ndarray) -> ParetoCurve:
         taken_N = np.minimum(slope_NM[np.arange(len(rows)), next_N], slope_N)  # rounding aside, <
         rows, here_N, slope_N = rows[going_N], next_N[going_N], taken_N[going_N]
         if rows.size:
-            moved.append((rows, here_N, slope_N))
-    return _in_order_of_slope(reward_NM, cost_NM, cheapest_N, moved)
+            yield rows, here_N, slope_N
 
 
 def _in_order_of_slope(
     reward_NM: np.ndarray, cost_NM: np.ndarray, cheapest_N: np.ndarray, moved: list
 ) -> ParetoCurve:
-    empty = (np.zeros(0, int), np.zeros(0, int), np.zeros(0))
+    empty = (np.zeros(0, _PROMPT), np.zeros(0, _TEACHER), np.zeros(0))
     prompt_S, teacher_S, slope_S = map(np.concatenate, zip(empty, *moved, strict=True))
     order_S = np.argsort(-slope_S, kind="stable")  # stable: a prompt's own steps stay in order
-    prompt_S, teacher_S = prompt_S[order_S].astype(int), teacher_S[order_S].astype(int)
+    prompt_S, teacher_S = prompt_S[order_S], teacher_S[order_S]
 
     before_S = _teacher_before(prompt_S, teacher_S, cheapest_N)
     rows = np.arange(len(cheapest_N))

@@ -79,13 +79,16 @@ def scores(
     columns_M = _columns(allowed_M, len(teachers))
     known = Knowledge(
         _of_columns(seen, columns_M),
-        _of_columns(asked, columns_M),
+        asked if len(columns_M) == len(teachers) else _of_columns(asked, columns_M),
         [teachers[int(column)] for column in columns_M],
         config or StrategyConfig(),
         seed,
     )
+    open_NM = STRATEGIES[strategy](known)
+    if len(columns_M) == len(teachers):
+        return np.ascontiguousarray(open_NM, np.float64)
     score_NM = np.full((len(asked.source_N), len(teachers)), -np.inf)
-    score_NM[:, columns_M] = STRATEGIES[strategy](known)
+    score_NM[:, columns_M] = open_NM
     return score_NM
 
 
@@ -95,7 +98,7 @@ def keep_limits(score_NM: np.ndarray, seen: Calibration, limits: Limits) -> np.n
     score_NM: of `scores`, with the same teachers allowed. Raises ConfigError where none do.
     """
     columns_M = _columns(limits.allowed_M, score_NM.shape[1])
-    open_NM = score_NM[:, columns_M]
+    open_NM = _taken(score_NM, columns_M)
     if limits.least_margin is not None:
         fallback = best_constant(seen.total_NM[:, columns_M])
         open_NM = _fall_back(open_NM, limits.least_margin, fallback)
@@ -170,7 +173,11 @@ def _prices(score_NM: np.ndarray, most_M: np.ndarray) -> np.ndarray:
 
 
 def _ahead_of_others(score_NM: np.ndarray, teacher: int) -> np.ndarray:
-    return score_NM[:, teacher] - np.delete(score_NM, teacher, axis=1).max(axis=1)
+    before_N, after_N = (
+        others_NM.max(axis=1, initial=-np.inf)
+        for others_NM in (score_NM[:, :teacher], score_NM[:, teacher + 1 :])
+    )
+    return score_NM[:, teacher] - np.maximum(before_N, after_N)
 
 
 def _of_columns(values, columns_M: np.ndarray):
@@ -184,15 +191,21 @@ def _of_columns(values, columns_M: np.ndarray):
     )
 
 
+def _taken(value_NM: np.ndarray, columns_M: np.ndarray) -> np.ndarray:
+    """Some of the columns; where they are all of them, no copy."""
+    return value_NM if len(columns_M) == value_NM.shape[1] else value_NM[:, columns_M]
+
+
 def _fall_back(score_NM: np.ndarray, least_margin: float, fallback: int) -> np.ndarray:
     """The best score and the fallback's exchanged where the margin is too small."""
     if score_NM.shape[1] == 1:
         return score_NM
     rows = np.arange(len(score_NM))
     best_N = score_NM.argmax(axis=1)
-    second_N, first_N = np.partition(score_NM, -2, axis=1)[:, -2:].T
-    unsure_N = first_N - second_N < least_margin
-    result_NM = score_NM.copy()
+    first_N, result_NM = score_NM[rows, best_N], score_NM.copy()
+    result_NM[rows, best_N] = -np.inf
+    unsure_N = first_N - result_NM.max(axis=1) < least_margin
+    result_NM[rows, best_N] = first_N
     result_NM[rows[unsure_N], best_N[unsure_N]] = score_NM[unsure_N, fallback]
     result_NM[unsure_N, fallback] = first_N[unsure_N]
     return result_NM
@@ -208,7 +221,7 @@ def _within_limits(score_NM: np.ndarray, limits: Limits, columns_M: np.ndarray) 
         return score_NM.argmax(axis=1) if most_M is None else assign_within_counts(score_NM, most_M)
     if limits.cost_NM is None:
         raise ConfigError("budget: needs the expected cost of every answer")
-    cost_NM = limits.cost_NM[:, columns_M]
+    cost_NM = _taken(limits.cost_NM, columns_M)
     if most_M is None:
         try:
             return optimal_routes(score_NM, cost_NM, limits.budget)
@@ -225,8 +238,8 @@ def _within_counts_and_budget(
     def total(value_NM: np.ndarray, chosen_N: np.ndarray) -> float:
         return float(value_NM[np.arange(len(chosen_N)), chosen_N].sum())
 
-    within = [assign_within_counts(-cost_NM, most_M)]
-    least = total(cost_NM, within[0])
+    best_N = assign_within_counts(-cost_NM, most_M)
+    least = total(cost_NM, best_N)
     if least > budget:
         raise ConfigError(
             f"a budget of {budget:g} is too small: the cheapest routes found within the shares "
@@ -238,7 +251,7 @@ def _within_counts_and_budget(
     for _ in range(_PRICES):
         chosen_N = assign_within_counts(score_NM - price * cost_NM, most_M)
         if total(cost_NM, chosen_N) <= budget:
-            within.append(chosen_N)
+            best_N = max(best_N, chosen_N, key=lambda routes_N: total(score_NM, routes_N))
             high = price
         else:
             low = price
@@ -246,4 +259,4 @@ def _within_counts_and_budget(
             break
         doubled = 2 * low or np.ptp(score_NM) / max(np.ptp(cost_NM), 1e-300)
         price = doubled if high == np.inf else (low + high) / 2
-    return max(within, key=lambda chosen_N: total(score_NM, chosen_N))
+    return best_N

@@ -12,8 +12,8 @@ import numpy as np
 from pydantic import Field
 
 from persyn_jax.config import ConfigError, config_class
-from persyn_jax.records import Prompt, Reward
-from persyn_jax.routing.clusters import cluster_means, nearest, unit_rows
+from persyn_jax.records import Reward
+from persyn_jax.routing.clusters import CHUNK, cluster_means, nearest, unit_rows
 from persyn_jax.routing.learnability import MetricName
 from persyn_jax.routing.preferences import reward_matrix
 from persyn_jax.streams import numpy_stream
@@ -51,24 +51,23 @@ class Calibration(NamedTuple):
 
 
 def make_calibration(
-    prompts: Sequence[Prompt],
+    id_N: Sequence[str],
+    source_N: Sequence[str],
     rewards: Sequence[Reward],
     teachers: Sequence[str],
     feature_ND: np.ndarray,
     metric: MetricName,
 ) -> Calibration:
-    """What the rewards of these prompts say. feature_ND: of each prompt; metric: what the rewards'
-    learnability is."""
-    ids = [prompt.id for prompt in prompts]
+    """What the rewards of the prompts with these ids say. metric: what their learnability is."""
     likelihood_NM = None
     if metric == "mean_log_likelihood":
         usable = [reward for reward in rewards if reward.usable]
-        likelihood_NM = reward_matrix(usable, ids, teachers, "learnability", partial=True)
+        likelihood_NM = reward_matrix(usable, id_N, teachers, "learnability", partial=True)
     return Calibration(
-        total_NM=reward_matrix(rewards, ids, teachers),
-        source_N=[prompt.source for prompt in prompts],
+        total_NM=reward_matrix(rewards, id_N, teachers),
+        source_N=source_N,
         feature_ND=feature_ND,
-        quality_NM=reward_matrix(rewards, ids, teachers, "quality"),
+        quality_NM=reward_matrix(rewards, id_N, teachers, "quality"),
         learnability_NM=likelihood_NM,
     )
 
@@ -137,17 +136,25 @@ def score_by_neighbours(seen: Calibration, feature_ND: np.ndarray, neighbours: i
 
     neighbours: how many, at least 1; all, where fewer prompts were seen.
     """
-    nearest_Nk = nearest(unit_rows(feature_ND), unit_rows(seen.feature_ND), neighbours)
+    nearest_Nk = _nearest(feature_ND, unit_rows(seen.feature_ND), neighbours)
     score_NM = np.zeros((len(feature_ND), seen.total_NM.shape[1]))
     for nearest_N in nearest_Nk.T:  # one neighbour at a time: no array of [N, k, M]
         score_NM += seen.total_NM[nearest_N]
-    return score_NM / nearest_Nk.shape[1]
+    score_NM /= nearest_Nk.shape[1]
+    return score_NM
 
 
 def score_by_clusters(seen: Calibration, feature_ND: np.ndarray, clusters: int) -> np.ndarray:
     """Mean totals on the seen prompts of the nearest cluster (spherical k-means, no training)."""
     centre_KD, mean_KM = cluster_means(unit_rows(seen.feature_ND), seen.total_NM, clusters)
-    return mean_KM[nearest(unit_rows(feature_ND), centre_KD, 1)[:, 0]]
+    return mean_KM[_nearest(feature_ND, centre_KD, 1)[:, 0]]
+
+
+def _nearest(feature_ND: np.ndarray, unit_KD: np.ndarray, count: int) -> np.ndarray:
+    """`nearest` of the rows at length 1, which are not all in memory at once."""
+    starts = range(0, max(len(feature_ND), 1), CHUNK)
+    parts = [nearest(unit_rows(feature_ND[n : n + CHUNK]), unit_KD, count) for n in starts]
+    return np.concatenate(parts)
 
 
 def car(quality_NM: np.ndarray, learnability_NM: np.ndarray, beta: float) -> np.ndarray:

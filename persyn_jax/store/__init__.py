@@ -16,6 +16,7 @@ from persyn_jax.store.files import (
     write_bytes,
     write_json,
     write_text,
+    writing,
     writing_jsonl,
 )
 from persyn_jax.store.run_folder import (
@@ -60,5 +61,6 @@ __all__ = [
     "write_json",
     "write_records",
     "write_text",
+    "writing",
     "writing_jsonl",
 ]

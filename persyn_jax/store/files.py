@@ -1,5 +1,5 @@
 """One file, whole or not at all: every result file goes through `write_bytes`, a long one through
-`writing_jsonl`."""
+`writing` or `writing_jsonl`."""
 
 import contextlib
 import hashlib
@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from persyn_jax.config import ConfigError
 
@@ -18,18 +18,27 @@ def write_bytes(path: Path, data: bytes) -> None:
     Raises ConfigError naming `path` when the disk refuses (full, read-only, no such folder); the
     old file stays.
     """
+    with writing(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Generator[BinaryIO]:
+    """Yields a file to write into; `path` is there when the block ends, and stays as it was if the
+    block fails. Raises ConfigError as `write_bytes`."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         with open(partial, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
         _sync_folder(path.parent)
     except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
+    finally:
         with contextlib.suppress(OSError):
             partial.unlink()
-        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -49,24 +58,17 @@ def writing_jsonl(path: Path) -> Generator[Callable[[Mapping[str, Any]], None]]:
 
     Raises ConfigError naming `path` when the disk refuses.
     """
-    partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "w", encoding="utf-8") as file:
-
-            def write(row: Mapping[str, Any]) -> None:
-                file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-
-            yield write
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        _sync_folder(path.parent)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
+    with writing(path) as file:
+
+        def write(row: Mapping[str, Any]) -> None:
+            line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+            file.write(line.encode())
+
+        yield write
 
 
 def read_json(path: Path) -> Any:

@@ -4,7 +4,6 @@ Anything that reads Parquet opens the files, `datasets.load_dataset("parquet", d
 (unless a table has no rows).
 """
 
-import io
 import types
 import typing
 from collections.abc import Iterable, Iterator
@@ -13,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from persyn_jax.config import ConfigError
-from persyn_jax.store.files import write_bytes
+from persyn_jax.store.files import writing
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -30,15 +30,15 @@ _SCALARS = {str: pa.string(), float: pa.float64(), int: pa.int64(), bool: pa.boo
 def write_records(path: Path, records: Iterable[Record], record_type: type[Record]) -> None:
     """Writes `records`, all of one dataclass, atomically; equal records give equal bytes.
 
-    They are taken a row group at a time, so that no more of them need be in memory. Raises
-    ConfigError naming `path`: a value that is not of its field's type, text with a lone surrogate,
-    disk full.
+    They are taken and written a row group at a time, so that no more of them need be in memory.
+    Raises ConfigError naming `path`: a value that is not of its field's type, text with a lone
+    surrogate, disk full.
     """
-    schema, sink = schema_of(record_type), io.BytesIO()
+    schema = schema_of(record_type)
     options: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
     rest = iter(records)
     try:
-        with pq.ParquetWriter(sink, schema, **options) as writer:
+        with writing(path) as file, pq.ParquetWriter(file, schema, **options) as writer:
             group = list(islice(rest, _GROUP_ROWS))
             while True:
                 writer.write_table(_table(group, schema))
@@ -46,7 +46,6 @@ def write_records(path: Path, records: Iterable[Record], record_type: type[Recor
                     break
     except (pa.ArrowException, UnicodeEncodeError) as error:
         raise ConfigError(f"{path}: cannot hold these records: {_one_line(error)}") from None
-    write_bytes(path, sink.getvalue())
 
 
 def _table(records: list[Record], schema: pa.Schema) -> pa.Table:
@@ -62,8 +61,11 @@ def read_records(path: Path, record_type: type[Record]) -> list[Record]:
     return list(iterate_records(path, record_type))
 
 
-def iterate_records(path: Path, record_type: type[Record]) -> Iterator[Record]:
-    """The same one after the other, a row group in memory at a time; raises when it gets there."""
+def iterate_records(path: Path, record_type: type[Record], **equal: str) -> Iterator[Record]:
+    """The same one after the other, a row group in memory at a time; raises when it gets there.
+
+    equal: only the records with these values, by the names of their fields.
+    """
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             metadata = file.metadata
@@ -74,6 +76,8 @@ def iterate_records(path: Path, record_type: type[Record]) -> Iterator[Record]:
             for group, count in enumerate(rows):
                 table = file.read_row_group(group)
                 _check_rows(path, table.num_rows, count)
+                for name, value in equal.items():
+                    table = table.filter(pc.call_function("equal", [table[name], value]))
                 for batch in table.to_batches(max_chunksize=_GROUP_ROWS):
                     yield from (record_type(**row) for row in batch.to_pylist())
     except ConfigError:

@@ -365,6 +365,12 @@ def test_an_answer_too_many_or_too_few_is_noticed():
             check_cost(prompts, 2, calibration, wrong)
 
 
+def test_an_answer_beside_another_prompt_is_noticed():
+    prompts = [make_prompt("x"), make_prompt("y")]
+    with pytest.raises(RuntimeError, match="prompt 'x' meets what belongs to 'y'"):
+        list(to_examples(prompts, [make_answer("y"), make_answer("x")]))
+
+
 def test_only_usable_answers_become_examples_and_licences_follow():
     prompts = [make_prompt(name) for name in "wxyz"]
     answers = [

@@ -9,8 +9,9 @@ from pipeline_runs import CALIBRATION, SMALL, SMOKE, TRAIN, run_here, small_conf
 
 from persyn_jax import store
 from persyn_jax.config import ConfigError
+from persyn_jax.pipeline import route as pipeline_route
 from persyn_jax.pipeline.config import RoutingConfig
-from persyn_jax.pipeline.route import Expected, expect_cost, route, summary_lines
+from persyn_jax.pipeline.route import Expected, expect_cost, outline, route, summary_lines
 from persyn_jax.records import Answer, Prompt, Route
 from persyn_jax.routing.strategies import Asked, Calibration
 from persyn_jax.sampling.config import TeacherConfig
@@ -67,7 +68,7 @@ def test_expected_cost_by_hand():
         for row, prompt in enumerate(seen)
         for name in NAMES
     ]
-    expected = expect_cost([*seen, *asked], answers, TEACHERS)
+    expected = expect_cost(outline([*seen, *asked]), answers, TEACHERS)
     assert not expected.tokens_NM[:3].any(), "calibration answers are paid"
     by_hand_NM = [
         [50 + 8, 20 + 50 + 80, 50 + 1],
@@ -77,13 +78,14 @@ def test_expected_cost_by_hand():
     np.testing.assert_allclose(expected.tokens_NM[3:], by_hand_NM)
     np.testing.assert_allclose(expected.usd_NM[3], [130e-6, 870e-6, 60e-6])
     unknown = [*TEACHERS[:2], TeacherConfig(name="cy", licence="MIT")]
-    assert expect_cost([*seen, *asked], answers, unknown).usd_NM is None
+    assert expect_cost(outline([*seen, *asked]), answers, unknown).usd_NM is None
 
 
 def test_prompts_of_one_length_are_expected_to_take_the_mean():
     seen = [make_prompt(n, "calibration") for n in range(2)]
     answers = [make_answer(p, name, 6 + 2 * n, 1) for n, p in enumerate(seen) for name in NAMES]
-    expected = expect_cost([*seen, make_prompt(2, "train", characters=99)], answers, TEACHERS)
+    prompts = outline([*seen, make_prompt(2, "train", characters=99)])
+    expected = expect_cost(prompts, answers, TEACHERS)
     np.testing.assert_allclose(expected.tokens_NM[2], 8)
 
 
@@ -100,9 +102,9 @@ CALIBRATION_SEEN = Calibration(
 
 def routed(**config):
     asked = Asked(["s"] * len(PROMPTS), coefficient_NM=COEFFICIENT_NM)
-    return route(
-        PROMPTS, asked, CALIBRATION_SEEN, EXPECTED, TEACHERS, RoutingConfig(**config), seed=0
-    )
+    prompts, config = outline(PROMPTS), RoutingConfig(**config)
+    found = route(prompts, asked, CALIBRATION_SEEN, EXPECTED, TEACHERS, config, seed=0)
+    return found._replace(routes=list(found.routes))
 
 
 def test_by_default_the_highest_coefficient_is_asked_and_nothing_moves():
@@ -158,6 +160,18 @@ def test_a_budget_is_kept_and_buys_what_the_curve_says(key, unit):
         assert gained.mean() == pytest.approx(point["expected_reward"], abs=0.01)
 
 
+def test_a_few_prompts_at_a_time_come_to_the_same(monkeypatch):
+    limits = {"budget_tokens": 90, "least_margin": 0.1}
+    whole = routed(**limits)
+    monkeypatch.setattr(pipeline_route, "_CHUNK", 7)
+    assert routed(**limits) == whole
+
+
+def test_calibration_prompts_must_come_first():
+    with pytest.raises(ValueError, match="calibration prompt '1' must come before"):
+        outline([make_prompt(0, "train"), make_prompt(1, "calibration")])
+
+
 def test_drawn_scores_promise_nothing():
     assert routed(strategy="random").summary["pareto"] is None
 
@@ -186,6 +200,20 @@ def test_the_lines_name_every_teacher_and_the_curve():
 def test_bad_limits_are_refused_before_anything_is_asked(overrides, match):
     with pytest.raises(ConfigError, match=match):
         small_config(*overrides)
+
+
+def test_states_made_a_few_prompts_at_a_time_route_the_same(script, tmp_path, monkeypatch):
+    run = tmp_path / "runs" / "smoke"
+    before = store.read_records(run / "routes.parquet", Route)
+    for name in ("states.safetensors", "routes.parquet", "stages/route.json"):
+        (run / name).unlink()
+    monkeypatch.setattr("persyn_jax.pipeline.states._CHUNK", 7)
+    ended = script()
+    assert ended.code == 0, ended.stderr
+    after = store.read_records(run / "routes.parquet", Route)
+    assert [(r.prompt_id, r.teacher) for r in after] == [(r.prompt_id, r.teacher) for r in before]
+    for one, other in zip(after, before, strict=True):
+        assert one.coefficients == pytest.approx(other.coefficients, rel=1e-5, abs=1e-6)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.optimize import linprog
 
+from persyn_jax.routing import optimal_cost
 from persyn_jax.routing.optimal_cost import (
     expected_usd,
     most_reward,
@@ -171,3 +172,13 @@ def test_a_hundred_thousand_prompts():
 def test_what_cannot_be(reward, cost, match):
     with pytest.raises(ValueError, match=match):
         pareto_curve(np.array(reward), np.array(cost))
+
+
+def test_a_few_prompts_at_a_time_make_the_same_curve(monkeypatch):
+    """Ties among prompts too: whole numbers, so that many slopes are equal."""
+    rng = np.random.default_rng(0)
+    reward_NM, cost_NM = rng.integers(0, 9, (2, 50, 5)).astype(float)
+    whole = pareto_curve(reward_NM, cost_NM)
+    monkeypatch.setattr(optimal_cost, "_CHUNK", 7)
+    for one, other in zip(whole, pareto_curve(reward_NM, cost_NM), strict=True):
+        np.testing.assert_array_equal(one, other)

@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import arrays
 from scipy.optimize import linear_sum_assignment
 
 from persyn_jax.config import ConfigError
-from persyn_jax.records import Answer, Prompt
+from persyn_jax.records import Answer
 from persyn_jax.routing.rewards import make_rewards
 from persyn_jax.routing.selection import Limits, assign_within_counts, licence_gate, select
 from persyn_jax.routing.strategies import (
@@ -113,17 +113,6 @@ def test_car_leaves_the_loss_of_unusable_answers_out():
 
 
 def test_a_calibration_has_log_likelihoods_of_usable_answers_or_none():
-    prompts = [
-        Prompt(
-            id="p",
-            messages=[{"role": "user", "content": "?"}],
-            source="s",
-            split="calibration",
-            answer="7",
-            verifier="exact_match",
-            source_licence="MIT",
-        )
-    ]
     answers = [
         Answer(
             key=name,
@@ -141,7 +130,7 @@ def test_a_calibration_has_log_likelihoods_of_usable_answers_or_none():
         for name, reason in (("a", "stop"), ("b", "length"))
     ]
     rewards = make_rewards(answers, [1.0, 0.0], [-2.0, -0.1], [1, 1], alpha=0.4)
-    given = prompts, rewards, ["a", "b"], np.ones((1, 3))
+    given = ["p"], ["s"], rewards, ["a", "b"], np.ones((1, 3))
     of_likelihoods = make_calibration(*given, "mean_log_likelihood")
     np.testing.assert_array_equal(of_likelihoods.learnability_NM, [[-2.0, np.nan]])
     np.testing.assert_array_equal(of_likelihoods.quality_NM, [[1.0, 0.0]])

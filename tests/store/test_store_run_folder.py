@@ -65,17 +65,20 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
 FULL_DISK = """
 import resource, sys
 from pathlib import Path
-from persyn_jax import store
+from persyn_jax import records, store
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-store.write_text(Path(sys.argv[1]), "y" * 5000)
+path = Path(sys.argv[1])
 """
+TEXT = 'store.write_text(path, "y" * 5000)'
+ROUTES = "store.write_records(path, [records.Route('p', [0.1], 't', 1.0)] * 9000, records.Route)"
 
 
-def test_a_full_disk_keeps_the_old_file_and_leaves_no_part(tmp_path):
+@pytest.mark.parametrize("writes", [TEXT, ROUTES])
+def test_a_full_disk_keeps_the_old_file_and_leaves_no_part(tmp_path, writes):
     path = tmp_path / "report.html"
     store.write_text(path, "old")
     done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(path)], capture_output=True, text=True
+        [sys.executable, "-c", FULL_DISK + writes, str(path)], capture_output=True, text=True
     )
     assert f"ConfigError: {path}: cannot be written: File too large" in done.stderr
     assert path.read_text() == "old"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from persyn_jax import records
 from persyn_jax.config import ConfigError
 from persyn_jax.records import Answer, Example, Prompt, Reward, Route, Score
-from persyn_jax.store import read_records, write_records
+from persyn_jax.store import iterate_records, read_records, write_records
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30) | st.sampled_from(
     ["\0", "a\0b", "\u2028", "\r\n", "\ufeff", "\u202eabc", "<|im_end|>", "😀"]
@@ -92,6 +92,29 @@ def test_many_records_are_taken_a_group_at_a_time(tmp_path):
     write_records(path, many, Prompt)
     assert Counted.most < 25_000
     assert [prompt.id for prompt in read_records(path, Prompt)] == [str(n) for n in range(35_000)]
+
+
+def test_only_records_of_some_values_are_read(tmp_path):
+    path = tmp_path / "prompts.parquet"
+    splits = ["train", "eval", "train", "calibration"]
+    prompts = [dataclasses.replace(PROMPT, id=str(n), split=s) for n, s in enumerate(splits)]
+    write_records(path, prompts, Prompt)
+    assert list(iterate_records(path, Prompt, split="train")) == [prompts[0], prompts[2]]
+    assert list(iterate_records(path, Prompt, split="train", id="3")) == []
+
+
+def test_records_that_fail_on_the_way_leave_the_old_file_and_no_part(tmp_path):
+    path = tmp_path / "prompts.parquet"
+    write_records(path, [PROMPT], Prompt)
+
+    def failing():
+        yield PROMPT
+        raise RuntimeError("no more")
+
+    with pytest.raises(RuntimeError, match="no more"):
+        write_records(path, failing(), Prompt)
+    assert read_records(path, Prompt) == [PROMPT]
+    assert [file.name for file in tmp_path.iterdir()] == ["prompts.parquet"]
 
 
 def test_datasets_reads_the_files(tmp_path):
