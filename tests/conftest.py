@@ -1,4 +1,11 @@
-"""Eight host devices on the CPU, strict rank promotion, no deadlines (the first call compiles)."""
+"""Eight host devices on the CPU, strict rank promotion, no deadlines (the first call compiles).
+
+All that a test run compiles lies in one folder while it lasts: most tests, and the processes that
+they start, need programs that another one has compiled before.
+"""
+
+import os
+import tempfile
 
 import hypothesis
 import jax
@@ -10,6 +17,18 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 hypothesis.settings.register_profile("persyn", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("persyn")
+
+
+def pytest_configure(config):
+    """xdist's processes begin after this, and like those that tests start inherit the variables."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return
+    folder = tempfile.TemporaryDirectory(prefix="persyn-programs-", ignore_cleanup_errors=True)
+    config.add_cleanup(folder.cleanup)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    jax.config.update("jax_compilation_cache_dir", folder.name)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -7,10 +7,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from persyn_jax import config as configs
 from persyn_jax import store
@@ -132,25 +130,7 @@ def test_a_study_that_cannot_be_is_refused_in_one_line(words, match):
 
 
 @pytest.fixture(scope="module")
-def compiled_once(tmp_path_factory):
-    """Every student compiles the same programs anew."""
-    values = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in values}
-    for name, value in values.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
-
-@pytest.fixture(scope="module")
-def studied(tmp_path_factory, compiled_once):
+def studied(tmp_path_factory):
     """(config, where it stood, and what was there, after its first student, where it ended)."""
     folder = tmp_path_factory.mktemp("study")
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
