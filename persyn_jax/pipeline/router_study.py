@@ -165,7 +165,10 @@ def study_router(
     routers = section.draws * len(sizes) + len(_LOSSES) + len(teachers) * (1 + len(anchors))
     with progress("router study: routers", routers) as advance:
         fit = _make_fit(len(teachers), training, mesh, advance)
-        curves = [learning_curve(fit, seen, held_out, sizes, draw) for draw in range(section.draws)]
+        curves = [
+            learning_curve(fit, seen, held_out, sizes, training.seed, draw)
+            for draw in range(section.draws)
+        ]
         coefficients = {
             name: fit(seen.feature_ND, pairs(seen.total_NM))(held_out.feature_ND)
             for name, pairs in _LOSSES.items()

@@ -83,13 +83,19 @@ class LearningPoint(NamedTuple):
 
 
 def learning_curve(
-    fit: Fit, seen: Calibration, held_out: Calibration, prompts: Sequence[int], seed: int = 0
+    fit: Fit,
+    seen: Calibration,
+    held_out: Calibration,
+    prompts: Sequence[int],
+    seed: int = 0,
+    draw: int = 0,
 ) -> list[LearningPoint]:
     """One router for each number of calibration prompts; smaller sets lie in the larger ones.
 
-    prompts: each at least 1 and at most those of `seen`. Which ones is drawn with `seed`.
+    prompts: each at least 1 and at most those of `seen`. Which ones is drawn with `seed`; another
+    `draw` draws others.
     """
-    order_N = numpy_stream(seed, "learning curve").permutation(len(seen.total_NM))
+    order_N = numpy_stream(seed, "learning curve", draw).permutation(len(seen.total_NM))
     points = []
     for count in prompts:
         chosen = np.sort(order_N[:count])
