@@ -54,38 +54,37 @@ def make_task(
     data: folder (images) or file (language); None takes what is on every machine.
     Raises ConfigError: no such task, no data, data where none is read, a split that is impossible.
     """
+
+    def dealt(train: tuple[np.ndarray, ...], classes_N: np.ndarray) -> Callable[[int], Any]:
+        shards = split_examples(classes_N, workers, split, concentration, seed)
+
+        def batches(step: int) -> Any:
+            chosen_WB = np.stack(
+                [batch_indices(shard, batch, seed, step, w) for w, shard in enumerate(shards)]
+            )
+            return tuple(array[chosen_WB] for array in train)
+
+        return batches
+
     if name == "images":
-        data_set = images.find_images(data)
-        train = (data_set.train_images, data_set.train_labels)
-        classes = data_set.train_labels
-        model = _image_model(data_set)
-    elif name == "language":
+        found = images.find_images(data)
+        labels_N = found.train_labels
+        return _image_task(found, dealt((found.train_images, labels_N), labels_N))
+    if name == "language":
         text = language.find_text(data)
-        train = (text.train_NT,)
-        classes = text.document_N
-        model = _language_model(text, language.loss, language.scores, text.test_NT)
-    elif name == "teachers":
+        batches = dealt((text.train_NT,), text.document_N)
+        return _language_task(text, batches, language.loss, language.scores, text.test_NT)
+    if name == "teachers":
         if data is not None:
             raise ConfigError(f"data {data}: task teachers makes its own")
         text = teachers.make_text(workers)
-        train = (text.train_NT,)
-        classes = text.document_N
+        batches = dealt((text.train_NT,), text.document_N)
         questions_NT = text.test_NT[:, :-1]  # without the last answer, which the probe asks for
-        model = _language_model(text, teachers.loss, teachers.scores, questions_NT)
-    else:
-        raise ConfigError(f"task: must be images, language or teachers, got {name!r}")
-    shards = split_examples(classes, workers, split, concentration, seed)
-
-    def batches(step: int) -> Any:
-        chosen_WB = np.stack(
-            [batch_indices(shard, batch, seed, step, w) for w, shard in enumerate(shards)]
-        )
-        return tuple(array[chosen_WB] for array in train)
-
-    return model._replace(batches=batches)
+        return _language_task(text, batches, teachers.loss, teachers.scores, questions_NT)
+    raise ConfigError(f"task: must be images, language or teachers, got {name!r}")
 
 
-def _image_model(data: images.Images) -> Task:
+def _image_task(data: images.Images, batches: Callable[[int], Any]) -> Task:
     test, labels = data.test_images[:EVALUATED], data.test_labels[:EVALUATED]
     channels = data.train_images.shape[-1]
 
@@ -97,7 +96,7 @@ def _image_model(data: images.Images) -> Task:
         name=data.name,
         init=lambda key: cnn.init(key, channels),
         loss=cnn.loss,
-        batches=_none,
+        batches=batches,
         evaluate=evaluate,
         logits=cnn.logits,
         probe=test[:PROBED],
@@ -118,8 +117,12 @@ def _scores(params: Any, images_BHWC: jax.Array, labels_B: jax.Array):
     return losses.mean(), accuracies.mean()
 
 
-def _language_model(
-    text: language.Text, loss: Callable, scores: Callable, probe_NT: np.ndarray
+def _language_task(
+    text: language.Text,
+    batches: Callable[[int], Any],
+    loss: Callable,
+    scores: Callable,
+    probe_NT: np.ndarray,
 ) -> Task:
     def evaluate(params: Any) -> dict[str, float]:
         found, accuracy = scores(params, text.test_NT)
@@ -129,12 +132,8 @@ def _language_model(
         name=text.name,
         init=language.init,
         loss=loss,
-        batches=_none,
+        batches=batches,
         evaluate=evaluate,
         logits=language.next_byte_logits,
         probe=probe_NT[:PROBED],
     )
-
-
-def _none(step: int) -> Any:
-    raise NotImplementedError("a model's task gets its batches from `make_task`")
