@@ -9,6 +9,7 @@ from pydantic import Field
 from persyn_jax.config import config_class
 from persyn_jax.evaluation.sources import SourceConfig
 from persyn_jax.models.spec import ModelConfig
+from persyn_jax.routing.preferences import PairWeights
 from persyn_jax.routing.rewards import RewardConfig
 from persyn_jax.routing.selection import licence_gate
 from persyn_jax.routing.strategies import StrategyConfig, StrategyName
@@ -124,6 +125,10 @@ class RouterConfig:
     steps: Annotated[int, Field(ge=1)] = 60
     pairs: Annotated[int, Field(ge=1)] = 64
     """Preference pairs in a batch, per worker."""
+    pair_weights: PairWeights = "equal"
+    """Of the preference pairs in the loss. `equal`, as in the paper: the router counts how often a
+    teacher wins. `difference`: how much it wins by, which matters where the best answers to a
+    prompt are rare, and their lead is large."""
     optimiser: OptimiserConfig = OptimiserConfig(learning_rate=1e-2)
     """Of the head."""
     neighbours: Annotated[int, Field(ge=1)] = 5

@@ -11,6 +11,7 @@ Heavy imports stay inside the functions.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from persyn_jax.pipeline.stages import (
 )
 from persyn_jax.records import Prompt, Reward
 from persyn_jax.routing.preferences import (
+    PairWeights,
     Preferences,
     make_preferences,
     make_preferences_with_ties,
@@ -62,7 +64,9 @@ _FEWEST = 5  # prompts; the next number is always twice as many
 _LOSSES: dict[str, Callable[[np.ndarray], Preferences]] = {
     "ties_dropped": make_preferences,
     "ties_half": make_preferences_with_ties,
+    "by_difference": partial(make_preferences, pair_weights="difference"),
 }
+_OWN_LOSS: dict[PairWeights, str] = {"equal": "ties_dropped", "difference": "by_difference"}
 
 
 @config_class
@@ -138,9 +142,11 @@ def study_router(
         reliability        of the router that has seen all prompts: expected_error, log_loss, and
                            bins, a list of {confidence, right, pairs} without the empty ones
         tied_share         share of the seen comparisons of two teachers that are ties
-        losses             ties_dropped (as in a run) and ties_half (half a win, half a loss):
-                           {hit_at_1, hit_at_3, regret, log_loss, expected_error}
-        ties_half_minus_dropped
+        losses             ties_dropped, ties_half (half a win, half a loss) and by_difference
+                           (`pair_weights: difference`): {hit_at_1, hit_at_3, regret, log_loss,
+                           expected_error}; the run's own is ties_dropped, or by_difference if its
+                           config says so
+        ties_half_minus_dropped, by_difference_minus_dropped
                            {mean, ci95: [low, high]} of the regret, paired by prompt
         added_teachers     retrained_on_all (regret of the router that has seen all answers);
                            mean, a list of {anchors, without, bilinear, retrained}, regrets as in
@@ -166,19 +172,20 @@ def study_router(
     with progress("router study: routers", routers) as advance:
         fit = _make_fit(len(teachers), training, mesh, advance)
         curves = [
-            learning_curve(fit, seen, held_out, sizes, training.seed, draw)
+            learning_curve(fit, seen, held_out, sizes, training.seed, draw, training.pair_weights)
             for draw in range(section.draws)
         ]
         coefficients = {
             name: fit(seen.feature_ND, pairs(seen.total_NM))(held_out.feature_ND)
             for name, pairs in _LOSSES.items()
         }
-        added = add_teachers(fit, seen, held_out, anchors, training.seed)
+        added = add_teachers(fit, seen, held_out, anchors, training.seed, training.pair_weights)
 
     total_NM = held_out.total_NM
     routes = {name: route_by_router(c_NM) for name, c_NM in coefficients.items()}
     constant_N = np.full(len(total_NM), best_constant(seen.total_NM))
-    half, dropped = (regrets(total_NM, routes[name]) for name in ("ties_half", "ties_dropped"))
+    regret = {name: regrets(total_NM, teacher_N) for name, teacher_N in routes.items()}
+    own_loss = _OWN_LOSS[training.pair_weights]
     return {
         "seen": len(seen.total_NM),
         "held_out": len(total_NM),
@@ -188,13 +195,14 @@ def study_router(
         },
         "learning_curve": [_mean_point(points) for points in zip(*curves, strict=True)],
         "reliability": _reliability_values(
-            reliability(coefficients["ties_dropped"], total_NM, section.bins)
+            reliability(coefficients[own_loss], total_NM, section.bins)
         ),
         "tied_share": tied_share(seen.total_NM),
         "losses": {name: _judged(total_NM, c_NM) for name, c_NM in coefficients.items()},
-        "ties_half_minus_dropped": _difference(half, dropped),
+        "ties_half_minus_dropped": _difference(regret["ties_half"], regret["ties_dropped"]),
+        "by_difference_minus_dropped": _difference(regret["by_difference"], regret["ties_dropped"]),
         "added_teachers": {
-            "retrained_on_all": mean_regret(total_NM, routes["ties_dropped"]),
+            "retrained_on_all": float(regret[own_loss].mean()),
             "mean": [_mean_added(added, count) for count in anchors],
             "teachers": [one._asdict() | {"teacher": teachers[one.teacher]} for one in added],
         },

@@ -156,6 +156,7 @@ def router_training(config: RunConfig):
         neighbours=c.neighbours,
         gossip=config.gossip,
         seed=config.run.seed,
+        pair_weights=c.pair_weights,
         lora=c.lora if c.train == "lora" else None,
         backbone_optimiser=c.backbone_optimiser,
     )

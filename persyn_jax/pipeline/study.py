@@ -4,6 +4,9 @@ All strategies share prompts, calibration answers and rewards; each trains stude
 equally many rows. In `runs/STUDY` there is one run folder for what is shared, `base`, and one for
 each student, `STRATEGY-SEED`. Whatever is finished is not done again.
 
+Variants of PerSyn, with other rewards or another router, are further strategies under the names
+that the config gives them; they cost the tokens of scoring, and the answers that they route.
+
 The swap test asks whether routes are personal: the same cached answers are scored for another
 student, in the run folder `other`, and the study's student is trained on the routes that PerSyn
 gives that one, as a further strategy named `swapped`.
@@ -15,7 +18,7 @@ import gc
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, NamedTuple, get_args
 
 from pydantic import Field
 
@@ -38,6 +41,7 @@ from persyn_jax.routing.strategies import StrategyName
 
 BASE = "base"
 OTHER = "other"
+SWAPPED = "swapped"
 ALL_ANSWERS = "all_answers.parquet"
 BEFORE = "before.parquet"
 EXAMINATION = "examination.parquet"
@@ -47,8 +51,13 @@ _SHARED = ("calibrate", "score", "train_router")
 _BY_STRATEGY = ("route", "generate")
 _BY_STUDENT = ("score", "train_router", *_BY_STRATEGY)
 
-Compared = StrategyName | Literal["swapped"]
-"""What has students of its own: a strategy, or PerSyn's routes for the other student."""
+
+@config_class
+class VariantSection:
+    """What differs from the study's own `rewards` and `router`, key by key."""
+
+    rewards: dict[str, Any] = Field(default_factory=dict)
+    router: dict[str, Any] = Field(default_factory=dict)
 
 
 @config_class
@@ -59,6 +68,10 @@ class StudySection:
         default_factory=lambda: list(get_args(StrategyName)), min_length=2
     )
     """`router` is PerSyn, to which the others are compared."""
+    variants: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], VariantSection] = Field(
+        default_factory=dict
+    )
+    """PerSyn with other rewards or another router, by name: further strategies."""
     seeds: list[Annotated[int, Field(ge=0)]] = Field(
         default_factory=lambda: [1, 2, 3], min_length=1
     )
@@ -99,6 +112,10 @@ class StudyConfig(RunConfig):
         if self.training.examples is not None or self.training.seed is not None:
             raise ValueError("training.examples and training.seed: the study sets them itself")
         _check_other_model(self)
+        for name in self.study.variants:
+            if name in (*get_args(StrategyName), SWAPPED, BASE, OTHER):
+                raise ValueError(f"study.variants: {name!r} is the name of something else")
+            route_config(self, name)  # is checked, too
         if self.study.gain_audit is not None:
             audit_config(self)  # is checked, too
 
@@ -125,7 +142,8 @@ def _check_other_model(config: StudyConfig) -> None:
 class Trial(NamedTuple):
     """A student that is finished."""
 
-    strategy: Compared
+    strategy: str
+    """One of `compared`."""
     seed: int
 
 
@@ -157,15 +175,16 @@ def audit_config(config: StudyConfig) -> GainAuditConfig:
     return validate(GainAuditConfig, values, where="study.gain_audit")
 
 
-def compared(config: StudyConfig) -> list[Compared]:
-    """All that is compared, in the order of work."""
-    swapped: list[Compared] = [] if config.study.other_student is None else ["swapped"]
-    return [*config.study.strategies, *swapped]
+def compared(config: StudyConfig) -> list[str]:
+    """All that has students of its own, in the order of work: the strategies, PerSyn's variants,
+    PerSyn's routes for the other student."""
+    swapped = [] if config.study.other_student is None else [SWAPPED]
+    return [*config.study.strategies, *config.study.variants, *swapped]
 
 
-def route_config(config: StudyConfig, strategy: Compared) -> RunConfig:
+def route_config(config: StudyConfig, strategy: str) -> RunConfig:
     """Of the routes and answers of a strategy, which do not depend on the training's seed."""
-    if strategy == "swapped":
+    if strategy == SWAPPED:
         # Only whom the rewards are for differs: the router's backbone stays.
         return run_config(
             config,
@@ -174,17 +193,22 @@ def route_config(config: StudyConfig, strategy: Compared) -> RunConfig:
             router={"backbone": to_values(config.router_backbone)},
         )
     name = trial_name(Trial(strategy, config.study.seeds[0]))
-    return run_config(config, name, routing={"strategy": strategy})
+    return run_config(config, name, **_own_sections(config, strategy))
+
+
+def _own_sections(config: StudyConfig, strategy: str) -> dict[str, dict[str, Any]]:
+    """What differs from the study's config for a strategy, but for the swapped one."""
+    variant = config.study.variants.get(strategy)
+    if variant is None:
+        return {"routing": {"strategy": strategy}}
+    return to_values(variant) | {"routing": {"strategy": "router"}}
 
 
 def trial_config(config: StudyConfig, trial: Trial, examples: int) -> RunConfig:
     """Of one student."""
-    return run_config(
-        config,
-        trial_name(trial),
-        routing={} if trial.strategy == "swapped" else {"strategy": trial.strategy},
-        training={"examples": examples, "seed": trial.seed},
-    )
+    own = {} if trial.strategy == SWAPPED else _own_sections(config, trial.strategy)
+    training = {"examples": examples, "seed": trial.seed}
+    return run_config(config, trial_name(trial), **own, training=training)
 
 
 def trial_name(trial: Trial) -> str:
@@ -252,22 +276,19 @@ def _share(config: StudyConfig, overwrite: bool) -> None:
     _forget_programs()
 
 
-def _ask(config: StudyConfig, strategy: Compared, overwrite: bool) -> None:
+def _ask(config: StudyConfig, strategy: str, overwrite: bool) -> None:
     own = route_config(config, strategy)
-    if strategy == "swapped":
-        with open_run(own, overwrite) as run:
-            _adopt(config, BASE, own, ("calibrate",))
-            for name in _BY_STUDENT:
-                run_stage(_STAGE[name], run)
-        _forget_programs()
-        return
+    own_rewards = strategy == SWAPPED or strategy in config.study.variants
+    adopted, stages = (("calibrate",), _BY_STUDENT) if own_rewards else (_SHARED, _BY_STRATEGY)
     with open_run(own, overwrite) as run:
-        _adopt(config, BASE, own, _SHARED)
+        _adopt(config, BASE, own, adopted)
         states = config.folder / BASE / STATES
-        if states.exists() and not (own.run_folder / STATES).exists():
+        if strategy != SWAPPED and states.exists() and not (own.run_folder / STATES).exists():
             store.write_bytes(own.run_folder / STATES, states.read_bytes())
-        for name in _BY_STRATEGY:
+        for name in stages:
             run_stage(_STAGE[name], run)
+    if own_rewards:
+        _forget_programs()
 
 
 def _train(
@@ -275,10 +296,9 @@ def _train(
 ) -> None:
     own = trial_config(config, trial, examples)
     with open_run(own, overwrite) as run:
-        _adopt(config, BASE, own, _SHARED)
         routed = route_config(config, trial.strategy)
         if routed.run_folder != own.run_folder:
-            _adopt(config, routed.run.name, own, _BY_STRATEGY)
+            _adopt(config, routed.run.name, own, (*_SHARED, *_BY_STRATEGY))
         say(f"{own.run.name}:")
         finished = store.read_manifest(own.run_folder, _TRIAL.name) is not None
         if not finished and (twin := _twin(config, trial, trained)) is not None:

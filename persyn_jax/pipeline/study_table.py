@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from persyn_jax import store
+from persyn_jax.config import to_values
 from persyn_jax.intervals import (
     Interval,
     crossed_ci95,
@@ -26,7 +27,7 @@ from persyn_jax.pipeline.study import (
     BASE,
     BEFORE,
     EXAMINATION,
-    Compared,
+    SWAPPED,
     Standing,
     StudyConfig,
     Trial,
@@ -36,8 +37,9 @@ from persyn_jax.pipeline.study import (
     trial_name,
 )
 from persyn_jax.records import Answer, Route
+from persyn_jax.routing.strategies import StrategyName
 
-PERSYN: Compared = "router"
+PERSYN: StrategyName = "router"
 
 
 class Measured(NamedTuple):
@@ -69,6 +71,7 @@ def study_results(config: StudyConfig, standing: Standing) -> dict[str, Any]:
 
     study, eval_prompts, examples
     trials           finished, of
+    variants         name -> {rewards, router}: the keys in which that PerSyn differs
     untrained        mean_score and mean_log_likelihood of the student before training
     strategies       a row for each strategy of which a student is finished:
         strategy, seeds, mean_score, mean_log_likelihood
@@ -103,6 +106,7 @@ def study_results(config: StudyConfig, standing: Standing) -> dict[str, Any]:
         "eval_prompts": len(before),
         "examples": standing.examples,
         "trials": {"finished": len(standing.trials), "of": len(list(all_trials(config)))},
+        "variants": {name: to_values(own) for name, own in config.study.variants.items()},
         "untrained": {
             "mean_score": _mean([e.score for e in before]),
             "mean_log_likelihood": _mean([e.reference_log_likelihood for e in before]),
@@ -127,7 +131,7 @@ def _swap(config: StudyConfig) -> dict[str, Any] | None:
         return None
     own, other = (
         [route.teacher for route in store.read_records(folder / ROUTES, Route)]
-        for folder in (route_config(config, name).run_folder for name in (PERSYN, "swapped"))
+        for folder in (route_config(config, name).run_folder for name in (PERSYN, SWAPPED))
     )
     return {"other_student": config.study.other_student.weights, **agreement(own, other)}
 
@@ -164,8 +168,8 @@ def _examinations(config: StudyConfig, name: str, file: str) -> list:
 def _row(
     config: StudyConfig,
     standing: Standing,
-    strategy: Compared,
-    measured: dict[Compared, Measured],
+    strategy: str,
+    measured: dict[str, Measured],
 ) -> dict[str, Any]:
     seeds = [trial.seed for trial in standing.trials if trial.strategy == strategy]
     folder = route_config(config, strategy).run_folder
@@ -200,9 +204,7 @@ def _difference(one_NS: np.ndarray, other_NS: np.ndarray) -> np.ndarray:
     return one_NS[:, :both] - other_NS[:, :both]
 
 
-def answer_cost(
-    config: StudyConfig, strategy: Compared, chosen: Sequence[Answer]
-) -> dict[str, int]:
+def answer_cost(config: StudyConfig, strategy: str, chosen: Sequence[Answer]) -> dict[str, int]:
     """Answers, and their tokens, that the strategy needs: the chosen ones, those of all teachers on
     the calibration prompts unless it learns nothing from them, and all there are for the oracle."""
     base = config.folder / BASE
@@ -216,7 +218,7 @@ def answer_cost(
     return {"answers_generated": len(tokens), "tokens": sum(tokens.values())}
 
 
-def _detectable(measured: dict[Compared, Measured]) -> float | None:
+def _detectable(measured: dict[str, Measured]) -> float | None:
     persyn = measured.get(PERSYN)
     if persyn is None:
         return None
@@ -298,6 +300,7 @@ def markdown_lines(results: dict[str, Any]) -> list[str]:
         f"{untrained['mean_log_likelihood']:.4f} | | | | | | |",
         "",
         *results["verdict"].values(),
+        *_variant_lines(results["variants"]),
         *_swap_lines(results["swap"]),
         "",
         "log-likelihood: of the reference answers under the student, nats a token. answers, tokens:"
@@ -311,6 +314,18 @@ def markdown_lines(results: dict[str, Any]) -> list[str]:
             "",
             *audit_lines(results["gain_audit"]),
         ]
+    return lines
+
+
+def _variant_lines(variants: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
+    lines = []
+    for name, sections in variants.items():
+        differs = [
+            f"{section}.{key} {value}"
+            for section, own in sections.items()
+            for key, value in own.items()
+        ]
+        lines += ["", f"{name}: PerSyn with {', '.join(differs) or 'nothing changed'}."]
     return lines
 
 

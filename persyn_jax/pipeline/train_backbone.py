@@ -152,5 +152,5 @@ def _draw(
         lengths=length_WB,
         winner=preferences.winner_P[chosen_WB],
         loser=preferences.loser_P[chosen_WB],
-        weights=np.ones(chosen_WB.shape, np.float32),
+        weights=preferences.weight_P[chosen_WB],
     )

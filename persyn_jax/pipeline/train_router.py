@@ -22,6 +22,7 @@ from persyn_jax.models import router
 from persyn_jax.models.decoder import Array, Params
 from persyn_jax.records import Prompt, Reward
 from persyn_jax.routing.preferences import (
+    PairWeights,
     Preferences,
     make_preferences,
     pair_accuracy,
@@ -59,6 +60,7 @@ class RouterTraining:
     neighbours: int
     gossip: GossipConfig
     seed: int
+    pair_weights: PairWeights = "equal"
     lora: LoraConfig | None = None
     """Of a backbone that learns; null: all of it does."""
     backbone_optimiser: OptimiserConfig | None = None
@@ -169,7 +171,7 @@ def make_lessons(
         )
     imported = all(math.isnan(reward.learnability) for reward in rewards)
     total_NM = reward_matrix(rewards, [prompt.id for prompt in prompts], teachers, partial=imported)
-    preferences = make_preferences(total_NM[seen_N])
+    preferences = make_preferences(total_NM[seen_N], config.pair_weights)
     pairs = len(preferences.winner_P)
     if pairs < config.gossip.workers:
         raise RuntimeError(
@@ -257,7 +259,7 @@ def _head_task(
             pooled=input_ND[preferences.prompt_index_P[chosen_WB]],
             winner=preferences.winner_P[chosen_WB],
             loser=preferences.loser_P[chosen_WB],
-            weights=np.ones(chosen_WB.shape, np.float32),
+            weights=preferences.weight_P[chosen_WB],
         )
 
     head = router.init_head(teachers, input_ND.shape[1])

@@ -11,6 +11,7 @@ from persyn_jax.records import Reward
 Term = Literal[
     "total", "quality", "learnability", "quality_standardised", "learnability_standardised"
 ]
+PairWeights = Literal["equal", "difference"]
 
 
 def reward_matrix(
@@ -57,13 +58,26 @@ class Preferences(NamedTuple):
     """int32: teacher with the higher total."""
     loser_P: np.ndarray
     """int32: teacher with the lower total."""
+    weight_P: np.ndarray
+    """float32: of the pair in the loss, 1 on average."""
 
 
-def make_preferences(total_NM: np.ndarray) -> Preferences:
+def make_preferences(total_NM: np.ndarray, pair_weights: PairWeights = "equal") -> Preferences:
     """Every (winner, loser) with strictly different totals, in the order of prompt, winner, loser;
-    a tie makes none, nor does a total that is not known (NaN)."""
+    a tie makes none, nor does a total that is not known (NaN).
+
+    pair_weights: `equal`, as in PerSyn: a win counts, however small. `difference`: a pair weighs in
+    proportion to the difference of its totals. The loss of two teachers is then least where the
+    one with the higher mean total leads: at c_i - c_j = log(sum of (r_i - r_j) where i wins / sum
+    of (r_j - r_i) where j wins), while equal weights put the one ahead that wins more often.
+    """
     wins_NMM = total_NM[:, :, None] > total_NM[:, None, :]
-    return Preferences(*(index_P.astype(np.int32) for index_P in np.nonzero(wins_NMM)))
+    row_P, winner_P, loser_P = (index_P.astype(np.int32) for index_P in np.nonzero(wins_NMM))
+    weight_P = np.ones(len(row_P), np.float32)
+    if pair_weights == "difference" and len(row_P):
+        lead_P = total_NM[row_P, winner_P] - total_NM[row_P, loser_P]
+        weight_P = (lead_P / lead_P.mean()).astype(np.float32)
+    return Preferences(row_P, winner_P, loser_P, weight_P)
 
 
 def make_preferences_with_ties(total_NM: np.ndarray) -> Preferences:
@@ -78,7 +92,8 @@ def make_preferences_with_ties(total_NM: np.ndarray) -> Preferences:
     ties_NMM &= ~np.eye(total_NM.shape[1], dtype=bool)
     rows_P3 = np.argwhere(wins_NMM | ties_NMM)
     twice_P = np.where(wins_NMM[tuple(rows_P3.T)], 2, 1)
-    return Preferences(*np.repeat(rows_P3, twice_P, axis=0).T.astype(np.int32))
+    indices_3P = np.repeat(rows_P3, twice_P, axis=0).T.astype(np.int32)
+    return Preferences(*indices_3P, weight_P=np.ones(indices_3P.shape[1], np.float32))
 
 
 def pair_accuracy(preferences: Preferences, coefficient_NM: np.ndarray) -> float:

@@ -8,7 +8,7 @@ import numpy as np
 from scipy.special import expit
 from scipy.stats import rankdata
 
-from persyn_jax.routing.preferences import Preferences, make_preferences
+from persyn_jax.routing.preferences import PairWeights, Preferences, make_preferences
 from persyn_jax.routing.rewards import combine
 from persyn_jax.routing.strategies import Calibration, route_by_oracle, route_by_router
 from persyn_jax.routing.verdict import hit_at_k
@@ -89,6 +89,7 @@ def learning_curve(
     prompts: Sequence[int],
     seed: int = 0,
     draw: int = 0,
+    pair_weights: PairWeights = "equal",
 ) -> list[LearningPoint]:
     """One router for each number of calibration prompts; smaller sets lie in the larger ones.
 
@@ -99,7 +100,7 @@ def learning_curve(
     points = []
     for count in prompts:
         chosen = np.sort(order_N[:count])
-        preferences = make_preferences(seen.total_NM[chosen])
+        preferences = make_preferences(seen.total_NM[chosen], pair_weights)
         coefficient_NM = fit(seen.feature_ND[chosen], preferences)(held_out.feature_ND)
         points.append(
             LearningPoint(
@@ -201,7 +202,12 @@ class AddedTeacher(NamedTuple):
 
 
 def add_teachers(
-    fit: Fit, seen: Calibration, held_out: Calibration, anchors: Sequence[int], seed: int = 0
+    fit: Fit,
+    seen: Calibration,
+    held_out: Calibration,
+    anchors: Sequence[int],
+    seed: int = 0,
+    pair_weights: PairWeights = "equal",
 ) -> list[AddedTeacher]:
     """Each teacher in turn is left out, then added by each number of anchors, drawn with `seed`
     from the seen prompts; smaller sets lie in the larger ones.
@@ -215,7 +221,7 @@ def add_teachers(
     for teacher in range(seen.total_NM.shape[1]):
         known = np.arange(seen.total_NM.shape[1]) != teacher
         total_NM = np.where(known, seen.total_NM, np.nan)  # an unknown total makes no pair
-        predict = fit(seen.feature_ND, make_preferences(total_NM))
+        predict = fit(seen.feature_ND, make_preferences(total_NM, pair_weights))
         base_NM = predict(held_out.feature_ND).astype(np.float64)
         without_N = np.where(known, base_NM, -np.inf).argmax(axis=1)
         known_NB = predict(seen.feature_ND)[:, known]
@@ -231,7 +237,8 @@ def add_teachers(
 
             joined_total_NM = total_NM.copy()
             joined_total_NM[chosen, teacher] = total_KM[:, teacher]
-            anew = fit(seen.feature_ND, make_preferences(joined_total_NM))(held_out.feature_ND)
+            preferences = make_preferences(joined_total_NM, pair_weights)
+            anew = fit(seen.feature_ND, preferences)(held_out.feature_ND)
             found.append(
                 AddedTeacher(
                     teacher=teacher,

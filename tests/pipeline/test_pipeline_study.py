@@ -32,7 +32,7 @@ from persyn_jax.pipeline.study_table import (
     study_results,
     verdict_sentence,
 )
-from persyn_jax.records import Answer
+from persyn_jax.records import Answer, Reward
 
 ROOT = Path(__file__).parents[2]
 SMALL_STUDY = ROOT / "configs" / "study_small.yaml"
@@ -48,6 +48,7 @@ TINY = (
     "routing.family=[]",
     # Itself: what is routed for the other student must then be what is routed for this one.
     "study={strategies: [router, oracle], seeds: [1, 2], other_student: {weights: 'random:tiny'},"
+    " variants: {natural: {rewards: {alpha: 1.0}, router: {pair_weights: difference}}},"
     " gain_audit: {rows: 2, steps: 1, held_out: 3}}",
     "router={steps: 4, pairs: 4}",
     "gossip.workers=1",
@@ -116,6 +117,14 @@ def test_the_small_study_is_what_was_asked_for():
             "car needs rewards.learnability mean_log_likelihood",
         ),
         ((*OTHER, "training.seed=1"), "the study sets them itself"),
+        (
+            (*OTHER, "study.variants={knn: {}}"),
+            "study.variants: 'knn' is the name of something else",
+        ),
+        (
+            (*OTHER, "study.variants={bold: {rewards: {alpha: 2}}}"),
+            r"bold-1: rewards\.alpha: .* less than or equal to 1",
+        ),
         ((*OTHER, "study.gain_audit={teachers: [x]}"), "gain_audit.teachers: no teacher 'x', only"),
         (
             ("teachers.3.model=null", "teachers.4.model=null"),
@@ -145,7 +154,7 @@ def studied(tmp_path_factory):
             patch.setattr(
                 study, "_twin", lambda c, t, all_: twin(c, t, all_) if t.seed == 1 else None
             )
-            stopped = run_study(config, may_go_on=lambda: next(asked_again) < 5)
+            stopped = run_study(config, may_go_on=lambda: next(asked_again) < 6)
             at_stop = sorted(path.name for path in config.folder.iterdir())
             standing = run_study(config)
         server.shutdown()
@@ -156,9 +165,11 @@ def studied(tmp_path_factory):
 def test_a_sitting_ends_after_its_unit_and_the_next_one_goes_on(studied):
     config, stopped, at_stop, standing = studied
     assert [(t.strategy, t.seed) for t in stopped.trials] == [("router", 1)]
-    assert at_stop == ["base", "oracle-1", "other", "router-1"]
+    assert at_stop == ["base", "natural-1", "oracle-1", "other", "router-1"]
     assert [(t.strategy, t.seed) for t in standing.trials] == [
-        (strategy, seed) for seed in (1, 2) for strategy in ("router", "oracle", "swapped")
+        (strategy, seed)
+        for seed in (1, 2)
+        for strategy in ("router", "oracle", "natural", "swapped")
     ]
     assert study_results(config, stopped)["verdict"]["score"].startswith("Undecided")
 
@@ -201,10 +212,29 @@ def test_the_table_counts_answers_and_pairs_items(studied):
     assert found["ci95"][0] <= found["mean"] <= found["ci95"][1]
     text = "\n".join(markdown_lines(json.loads(json.dumps(results, allow_nan=False))))
     assert "| oracle | 2 |" in text
-    assert "6 of 6 students finished" in text
+    assert "8 of 8 students finished" in text
     units = results["gain_audit"]["units"]
     assert {unit["teacher"] for unit in units} == set("abc")
     assert f"| adding | a | {units[0]['gain']:+.4f} [" in text
+
+
+@pytest.mark.slow
+def test_a_variant_has_rewards_and_a_router_of_its_own_and_measures_nothing_again(studied):
+    config, _, _, standing = studied
+    for name in ("natural-1", "natural-2"):
+        folder = config.folder / name
+        score = store.read_manifest(folder, "score").summary
+        assert score["measured_answers"] == 0 < score["reused_answers"]
+        rewards = store.read_records(folder / "rewards.parquet", Reward)
+        assert all(reward.total == reward.learnability_standardised for reward in rewards)
+    own, base = (config.folder / name / "rewards.parquet" for name in ("router-1", "base"))
+    assert own.read_bytes() == base.read_bytes()
+    assert (config.folder / "natural-1" / "router" / "head.safetensors").exists()
+    results = study_results(config, standing)
+    rows = {row["strategy"]: row for row in results["strategies"]}
+    assert rows["natural"]["answers_generated"] == rows["router"]["answers_generated"]
+    line = "natural: PerSyn with rewards.alpha 1.0, router.pair_weights difference."
+    assert line in markdown_lines(results)
 
 
 @pytest.mark.slow

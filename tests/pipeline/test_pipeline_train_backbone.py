@@ -173,7 +173,7 @@ def test_the_stages_hand_the_backbone_on(tmp_path):
 def test_pairs_are_dealt_by_the_length_of_their_prompts(lengths, workers, seed):
     seen = [(1,) * length for length in lengths]
     pair_P = np.repeat(np.arange(len(lengths), dtype=np.int32), 3)
-    preferences = Preferences(pair_P, pair_P, pair_P)
+    preferences = Preferences(pair_P, pair_P, pair_P, np.ones(len(pair_P), np.float32))
     nothing = np.zeros(0)
     lessons = Lessons(nothing, [], nothing, nothing, nothing, preferences)
     config = training(gossip=GossipConfig(workers=workers), seed=seed)

@@ -120,6 +120,7 @@ def test_without_ties_both_losses_are_nearly_one_and_the_tables_say_so(found):
     assert found["tied_share"] == 0
     dropped, half = found["losses"]["ties_dropped"], found["losses"]["ties_half"]
     assert half["log_loss"] == pytest.approx(dropped["log_loss"], abs=0.02)
+    assert found["losses"]["by_difference"]["hit_at_1"] > 0.8 * dropped["hit_at_1"]
     assert sum(row["pairs"] for row in found["reliability"]["bins"]) == 3 * 150
     lines = study_lines(json.loads(json.dumps(found, allow_nan=False)))
     assert "0.0% of the comparisons are ties" in "\n".join(lines)

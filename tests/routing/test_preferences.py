@@ -2,7 +2,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -28,9 +28,10 @@ def test_pairs_are_all_strict_comparisons(total_NM):
         for winner, loser in itertools.product(range(teachers), repeat=2)
         if total_NM[n, winner] > total_NM[n, loser]
     ]
-    preferences = make_preferences(total_NM)
-    assert list(zip(*(index.tolist() for index in preferences), strict=True)) == expected
-    assert all(index.dtype == np.int32 for index in preferences)
+    *indices, weight_P = make_preferences(total_NM)
+    assert list(zip(*(index.tolist() for index in indices), strict=True)) == expected
+    assert all(index.dtype == np.int32 for index in indices)
+    assert weight_P.tolist() == [1] * len(expected)
 
 
 def test_without_ties_there_are_n_choose_2_pairs_a_prompt():
@@ -57,12 +58,28 @@ def test_a_tie_is_half_a_win_and_half_a_loss(total_NM, seed):
                 losses.append((i_over_j + j_over_i) / 2)
             else:
                 losses.append(i_over_j if total_M[i] > total_M[j] else j_over_i)
-    row_P, winner_P, loser_P = pairs = make_preferences_with_ties(total_NM)
+    row_P, winner_P, loser_P, weight_P = make_preferences_with_ties(total_NM)
+    assert weight_P.tolist() == [1] * len(row_P)
     lead_P = coefficient_NM[row_P, winner_P] - coefficient_NM[row_P, loser_P]
     assert len(lead_P) == 2 * len(losses)
-    assert all(index.dtype == np.int32 for index in pairs)
+    assert all(index.dtype == np.int32 for index in (row_P, winner_P, loser_P))
     if losses:
         assert np.log1p(np.exp(-lead_P)).mean() == pytest.approx(np.mean(losses))
+
+
+@given(arrays(np.float64, (6, 2), elements=st.floats(-3, 3, width=16)))
+def test_pairs_that_weigh_by_difference_rank_two_teachers_by_their_mean_reward(total_NM):
+    """The minimum of the Bradley-Terry loss is known in closed form."""
+    gain_N = total_NM[:, 0] - total_NM[:, 1]
+    won, lost = gain_N[gain_N > 0].sum(), -gain_N[gain_N < 0].sum()
+    assume(won > 0 < lost)
+    pairs = make_preferences(total_NM, "difference")
+    np.testing.assert_allclose(pairs.weight_P.mean(), 1, rtol=1e-6)
+    lead = np.log(won / lost)
+    chance_P = 1 / (1 + np.exp(np.where(pairs.winner_P == 0, -lead, lead)))
+    slope = np.sum(pairs.weight_P * np.where(pairs.winner_P == 0, 1, -1) * (1 - chance_P))
+    assert slope == pytest.approx(0, abs=1e-4 * len(chance_P))
+    assert np.sign(lead) == np.sign(total_NM[:, 0].sum() - total_NM[:, 1].sum()) or lead < 1e-9
 
 
 def reward(prompt_id, teacher, total=0.0, quality=None):
