@@ -1,7 +1,8 @@
 """Eight host devices on the CPU, strict rank promotion, no deadlines (the first call compiles).
 
-All that a test run compiles lies in one folder while it lasts: most tests, and the processes that
-they start, need programs that another one has compiled before.
+All that a test run compiles lies in one folder while it lasts, or in the one that the environment
+names: most tests, and the processes that they start, need programs that another one has compiled
+before.
 """
 
 import os
@@ -21,7 +22,7 @@ hypothesis.settings.load_profile("persyn")
 
 def pytest_configure(config):
     """xdist's processes begin after this, and like those that tests start inherit the variables."""
-    if "PYTEST_XDIST_WORKER" in os.environ:
+    if "PYTEST_XDIST_WORKER" in os.environ or "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     folder = tempfile.TemporaryDirectory(prefix="persyn-programs-", ignore_cleanup_errors=True)
     config.add_cleanup(folder.cleanup)
