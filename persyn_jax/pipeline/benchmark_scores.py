@@ -15,7 +15,7 @@ from persyn_jax.pipeline.benchmarks import AFTER, BEFORE, FOLDER, asked, manifes
 from persyn_jax.pipeline.config import BenchmarkTask
 from persyn_jax.pipeline.progress import say
 from persyn_jax.pipeline.run import Run, path_fingerprint
-from persyn_jax.pipeline.stages import BENCHMARK_SUMMARY, PROMPTS, STUDENT
+from persyn_jax.pipeline.run_files import BENCHMARK_SUMMARY, PROMPTS, STUDENT
 from persyn_jax.records import BenchmarkScore
 
 BENCHMARKS = "benchmarks.parquet"

@@ -26,7 +26,7 @@ from persyn_jax.pipeline.config import GENERATED, BenchmarkTask
 from persyn_jax.pipeline.progress import say
 from persyn_jax.pipeline.prompts import examined
 from persyn_jax.pipeline.run import Run
-from persyn_jax.pipeline.stages import PROMPTS, STUDENT
+from persyn_jax.pipeline.run_files import PROMPTS, STUDENT
 from persyn_jax.provenance import source_fingerprint
 from persyn_jax.records import Prompt
 from persyn_jax.sampling.config import ServiceConfig

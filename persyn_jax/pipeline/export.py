@@ -17,7 +17,7 @@ from persyn_jax.evaluation.rows import read_file
 from persyn_jax.pipeline.answers import teacher_fingerprint
 from persyn_jax.pipeline.config import RunConfig
 from persyn_jax.pipeline.run import Run
-from persyn_jax.pipeline.stages import ANSWERS, PROMPTS, REWARDS, ROUTES
+from persyn_jax.pipeline.run_files import ANSWERS, PROMPTS, REWARDS, ROUTES
 from persyn_jax.records import Answer, Prompt, PublishedRow, Reward, Route
 from persyn_jax.reporting.card import CardFacts, card, strictest
 from persyn_jax.sampling.config import TeacherConfig

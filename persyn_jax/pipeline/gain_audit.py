@@ -23,13 +23,8 @@ from persyn_jax.models import spec
 from persyn_jax.pipeline.config import RunConfig
 from persyn_jax.pipeline.progress import say
 from persyn_jax.pipeline.run import Run, open_finished, path_fingerprint
-from persyn_jax.pipeline.stages import (
-    CALIBRATION_ANSWERS,
-    GAIN_AUDIT,
-    PROMPTS,
-    REWARDS,
-    STAGES,
-)
+from persyn_jax.pipeline.run_files import CALIBRATION_ANSWERS, GAIN_AUDIT, PROMPTS, REWARDS
+from persyn_jax.pipeline.stages import STAGES
 from persyn_jax.provenance import source_fingerprint
 from persyn_jax.records import Answer, Prompt, Reward
 from persyn_jax.routing.router_study import rank_correlation

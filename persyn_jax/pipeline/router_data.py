@@ -30,7 +30,7 @@ from persyn_jax.config import ConfigError, fingerprint
 from persyn_jax.evaluation.contents import user_content
 from persyn_jax.evaluation.rows import Row
 from persyn_jax.pipeline.parallel_answers import read_rows
-from persyn_jax.pipeline.stages import PROMPTS, REWARDS
+from persyn_jax.pipeline.run_files import PROMPTS, REWARDS
 from persyn_jax.records import Message, Prompt, Reward
 from persyn_jax.routing.normalisation import normalise
 

@@ -79,7 +79,7 @@ def load_router_of(run: Run) -> tuple[Choose, list[str]]:
     from persyn_jax import mesh as meshes
     from persyn_jax.models import router
     from persyn_jax.models.tokenizer import prompt_ids
-    from persyn_jax.pipeline.stages import ROUTER
+    from persyn_jax.pipeline.run_files import ROUTER
     from persyn_jax.sampling.scoring import pooled_states
 
     folder = run.folder / ROUTER

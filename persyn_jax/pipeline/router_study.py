@@ -23,13 +23,9 @@ from persyn_jax.intervals import paired_difference_ci95
 from persyn_jax.pipeline.config import BackboneTraining, RunConfig
 from persyn_jax.pipeline.progress import progress, say
 from persyn_jax.pipeline.run import open_finished
-from persyn_jax.pipeline.stages import (
-    PROMPTS,
-    REWARDS,
-    STAGES,
-    router_training,
-    train_any_router,
-)
+from persyn_jax.pipeline.run_files import PROMPTS, REWARDS
+from persyn_jax.pipeline.stage_work import router_training, train_any_router
+from persyn_jax.pipeline.stages import STAGES
 from persyn_jax.records import Prompt, Reward
 from persyn_jax.routing.preferences import (
     PairWeights,

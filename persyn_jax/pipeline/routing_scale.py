@@ -17,14 +17,8 @@ from pydantic import Field
 from persyn_jax.config import config_class, to_values, validate
 from persyn_jax.pipeline.config import RoutingConfig, RunConfig
 from persyn_jax.pipeline.run import Run, open_run, run_stage
-from persyn_jax.pipeline.stages import (
-    CALIBRATION_ANSWERS,
-    PROMPTS,
-    REWARDS,
-    ROUTER,
-    STAGES,
-    STATES,
-)
+from persyn_jax.pipeline.run_files import CALIBRATION_ANSWERS, PROMPTS, REWARDS, ROUTER, STATES
+from persyn_jax.pipeline.stages import STAGES
 from persyn_jax.records import Answer, Prompt, Reward, Split
 from persyn_jax.routing.rewards import make_rewards
 from persyn_jax.sampling.config import ClientConfig

@@ -29,13 +29,8 @@ from persyn_jax.pipeline.config import RunConfig
 from persyn_jax.pipeline.gain_audit import GainAuditConfig, GainAuditSection, audit_run
 from persyn_jax.pipeline.progress import say
 from persyn_jax.pipeline.run import Run, Stage, open_run, run_stage
-from persyn_jax.pipeline.stages import (
-    ANSWERS,
-    PROMPTS,
-    STAGES,
-    STATES,
-    STUDENT,
-)
+from persyn_jax.pipeline.run_files import ANSWERS, PROMPTS, STATES, STUDENT
+from persyn_jax.pipeline.stages import STAGES
 from persyn_jax.records import Answer, Prompt
 from persyn_jax.routing.strategies import StrategyName
 

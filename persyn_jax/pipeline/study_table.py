@@ -21,7 +21,7 @@ from persyn_jax.intervals import (
 )
 from persyn_jax.pipeline.examine import Examination
 from persyn_jax.pipeline.gain_audit import audit_lines
-from persyn_jax.pipeline.stages import ANSWERS, CALIBRATION_ANSWERS, GAIN_AUDIT, ROUTES
+from persyn_jax.pipeline.run_files import ANSWERS, CALIBRATION_ANSWERS, GAIN_AUDIT, ROUTES
 from persyn_jax.pipeline.study import (
     ALL_ANSWERS,
     BASE,

@@ -15,7 +15,7 @@ from persyn_jax.pipeline import benchmarks
 from persyn_jax.pipeline.benchmark_scores import BENCHMARKS, collect, read_scores, summary_lines
 from persyn_jax.pipeline.benchmarks import models_to_examine, run_benchmarks
 from persyn_jax.pipeline.run import open_run
-from persyn_jax.pipeline.stages import BENCHMARK_SUMMARY, PROMPTS
+from persyn_jax.pipeline.run_files import BENCHMARK_SUMMARY, PROMPTS
 from persyn_jax.records import BenchmarkScore, Prompt
 
 TINY = ModelConfig(weights="random:tiny")

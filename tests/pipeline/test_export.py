@@ -15,7 +15,8 @@ from persyn_jax.pipeline.answers import teacher_fingerprint
 from persyn_jax.pipeline.config import RunConfig
 from persyn_jax.pipeline.export import RunOutputs, make_rows, push_to_hub
 from persyn_jax.pipeline.run import open_run, run_stage
-from persyn_jax.pipeline.stages import ANSWERS, PROMPTS, REWARDS, ROUTES, STAGES
+from persyn_jax.pipeline.run_files import ANSWERS, PROMPTS, REWARDS, ROUTES
+from persyn_jax.pipeline.stages import STAGES
 from persyn_jax.records import Answer, Prompt, Reward, Route
 
 CONFIG = """

@@ -23,7 +23,8 @@ from persyn_jax.pipeline.gain_audit import (
 )
 from persyn_jax.pipeline.prompts import make_prompts
 from persyn_jax.pipeline.run import open_run, run_stage
-from persyn_jax.pipeline.stages import CALIBRATION_ANSWERS, PROMPTS, REWARDS, STAGES
+from persyn_jax.pipeline.run_files import CALIBRATION_ANSWERS, PROMPTS, REWARDS
+from persyn_jax.pipeline.stages import STAGES
 from persyn_jax.pipeline.tokens import conversations
 from persyn_jax.records import Answer, Prompt, Reward
 from persyn_jax.training.config import LoraConfig, OptimiserConfig, TrainConfig

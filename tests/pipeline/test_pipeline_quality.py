@@ -26,7 +26,8 @@ from persyn_jax.pipeline.config import (
 )
 from persyn_jax.pipeline.quality import Quality, judge_prompt, measure
 from persyn_jax.pipeline.run import open_run, run_stage
-from persyn_jax.pipeline.stages import CALIBRATION_ANSWERS, PROMPTS, REWARDS, STAGES
+from persyn_jax.pipeline.run_files import CALIBRATION_ANSWERS, PROMPTS, REWARDS
+from persyn_jax.pipeline.stages import STAGES
 from persyn_jax.records import Answer, Prompt, Reward
 from persyn_jax.sampling.config import ClientConfig, TeacherConfig
 from persyn_jax.sampling.scoring import mean_log_likelihoods

@@ -16,8 +16,9 @@ from persyn_jax.config import ConfigError
 from persyn_jax.models.spec import ModelConfig
 from persyn_jax.models.tokenizer import prompt_ids
 from persyn_jax.pipeline.run import open_run, run_stage
+from persyn_jax.pipeline.run_files import CALIBRATION_ANSWERS, PROMPTS
 from persyn_jax.pipeline.score import Scorer, likelihood_quality, score, scorer
-from persyn_jax.pipeline.stages import CALIBRATION_ANSWERS, PROMPTS, STAGES
+from persyn_jax.pipeline.stages import STAGES
 from persyn_jax.records import Answer, Measurement, Prompt, Reward
 from persyn_jax.routing.learnability import METRICS
 from persyn_jax.routing.rewards import RewardConfig, rewards_at

@@ -14,8 +14,10 @@ from persyn_jax import provenance, store
 from persyn_jax.config import ConfigError
 from persyn_jax.models import spec
 from persyn_jax.pipeline.config import RunConfig
+from persyn_jax.pipeline.report_records import left_beside
 from persyn_jax.pipeline.run import Stage, open_run, path_fingerprint, run_stage
-from persyn_jax.pipeline.stages import GAIN_AUDIT, REWARDS, STAGES, _left_beside
+from persyn_jax.pipeline.run_files import GAIN_AUDIT, REWARDS
+from persyn_jax.pipeline.stages import STAGES
 
 
 def make_config(folder: Path, *overrides: str) -> RunConfig:
@@ -134,16 +136,16 @@ def test_an_input_that_may_be_missing_counts_from_when_it_is_there(tmp_path):
 
 def test_the_report_takes_what_was_made_from_the_runs_own_files_alone(tmp_path, capsys):
     with open_run(make_config(tmp_path)) as opened:
-        assert _left_beside(opened, GAIN_AUDIT) is None
+        assert left_beside(opened, GAIN_AUDIT) is None
         (opened.folder / REWARDS).write_text("rewards")
         inputs = {REWARDS: path_fingerprint(opened.folder / REWARDS)}
         store.write_json(opened.folder / GAIN_AUDIT, {"inputs": inputs, "rows": 3})
-        assert _left_beside(opened, GAIN_AUDIT) == {"rows": 3}
+        assert left_beside(opened, GAIN_AUDIT) == {"rows": 3}
         (opened.folder / REWARDS).write_text("other rewards")
-        assert _left_beside(opened, GAIN_AUDIT) is None
+        assert left_beside(opened, GAIN_AUDIT) is None
         assert "gain_audit.json: left out of the report: rewards.parquet" in capsys.readouterr().err
         (opened.folder / REWARDS).unlink()
-        assert _left_beside(opened, GAIN_AUDIT) is None
+        assert left_beside(opened, GAIN_AUDIT) is None
 
 
 def test_a_folder_as_input_is_known_by_the_names_and_bytes_in_it(tmp_path):

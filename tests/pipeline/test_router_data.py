@@ -21,7 +21,7 @@ from persyn_jax.pipeline.router_data import (
     to_records,
     write_run,
 )
-from persyn_jax.pipeline.stages import PROMPTS, REWARDS
+from persyn_jax.pipeline.run_files import PROMPTS, REWARDS
 from persyn_jax.pipeline.train_router import RouterTraining, train_router
 from persyn_jax.records import Prompt, Reward
 from persyn_jax.training.config import GossipConfig, OptimiserConfig

@@ -1,0 +1,17 @@
+"""What the stages, and scripts beside them, write into a run folder."""
+
+PROMPTS = "prompts.parquet"
+CALIBRATION_ANSWERS = "calibration_answers.parquet"
+MEASUREMENTS = "measurements.parquet"
+REWARDS = "rewards.parquet"
+ROUTER = "router"
+STATES = "states.safetensors"
+ROUTES = "routes.parquet"
+ANSWERS = "answers.parquet"
+EXAMPLES = "examples.parquet"
+STUDENT = "student"
+SCORES = "scores.parquet"
+METRICS = "metrics.jsonl"
+# What scripts beside the stages leave for the report. Each file names its inputs.
+GAIN_AUDIT = "gain_audit.json"
+BENCHMARK_SUMMARY = "benchmarks.json"
