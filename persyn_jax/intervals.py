@@ -19,6 +19,11 @@ class Interval(NamedTuple):
     low: float
     high: float
 
+    @property
+    def ci95(self) -> list[float]:
+        """[low, high], as JSON takes it."""
+        return [self.low, self.high]
+
 
 def mean_ci95(values: ArrayLike) -> Interval:
     """The mean of `values` with its 95 % percentile-bootstrap interval.

@@ -221,7 +221,7 @@ def _gain(before_N: np.ndarray, after_N: np.ndarray) -> dict[str, Any]:
     gain = mean_ci95(after_N - before_N)
     return {
         "gain": gain.mean,
-        "gain_ci95": [gain.low, gain.high],
+        "gain_ci95": gain.ci95,
         "before": float(before_N.mean()),
         "after": float(after_N.mean()),
     }

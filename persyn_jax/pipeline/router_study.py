@@ -315,7 +315,7 @@ def tied_share(total_NM: np.ndarray) -> float:
 
 def _difference(regret_N: np.ndarray, other_N: np.ndarray) -> dict[str, Any]:
     found = paired_difference_ci95(regret_N, other_N)
-    return {"mean": found.mean, "ci95": [found.low, found.high]}
+    return {"mean": found.mean, "ci95": found.ci95}
 
 
 def _judged(total_NM: np.ndarray, coefficient_NM: np.ndarray) -> dict[str, float]:

@@ -149,7 +149,7 @@ def agreement(own_N: Sequence[str], other_N: Sequence[str]) -> dict[str, Any]:
     share = mean_ci95(own == other)
     teachers = np.unique(np.concatenate([own, other]))
     by_chance = sum(float((own == t).mean() * (other == t).mean()) for t in teachers)
-    return {"agreement": share.mean, "ci95": [share.low, share.high], "by_chance": by_chance}
+    return {"agreement": share.mean, "ci95": share.ci95, "by_chance": by_chance}
 
 
 def _measured(config: StudyConfig, trials: Sequence[Trial]) -> Measured:
@@ -352,8 +352,8 @@ def _as_values(difference_NS: np.ndarray, comparisons: int) -> dict[str, Any]:
     alone, together = crossed_ci95(difference_NS), crossed_ci95(difference_NS, comparisons)
     return {
         "mean": alone.mean,
-        "ci95": [alone.low, alone.high],
-        "corrected": [together.low, together.high],
+        "ci95": alone.ci95,
+        "corrected": together.ci95,
     }
 
 

@@ -36,7 +36,7 @@ class HeldOut(NamedTuple):
     """The prompts that the router was trained on, for the other strategies to be fitted to."""
 
 
-def split_calibration(records: RunRecords) -> HeldOut:
+def held_out_calibration(records: RunRecords) -> HeldOut:
     """The calibration prompts as the router's training split them."""
     prompts = [prompt for prompt in records.prompts if prompt.split == "calibration"]
     held_out_ids = set(records.router["held_out_prompts"])

@@ -11,8 +11,8 @@ from persyn_jax.reporting.alpha_sweep import alpha_sweep, reward_terms
 from persyn_jax.reporting.held_out import (
     HeldOut,
     compare_strategies,
+    held_out_calibration,
     largest_losses,
-    split_calibration,
 )
 from persyn_jax.reporting.lengths import LengthTrend, length_trend, prompt_characters, quarters
 from persyn_jax.reporting.run_records import RunRecords
@@ -158,7 +158,7 @@ def _as_trend(trend: LengthTrend) -> dict[str, Any]:
     return {
         "answers": trend.answers,
         "rank_correlation": None if correlation is None else correlation.mean,
-        "ci95": None if correlation is None else [correlation.low, correlation.high],
+        "ci95": None if correlation is None else correlation.ci95,
         "trend": trend.trend,
         "tokens": trend.tokens_K,
         "mean_total": trend.total_K,
@@ -166,7 +166,7 @@ def _as_trend(trend: LengthTrend) -> dict[str, Any]:
 
 
 def _router(records: RunRecords) -> dict[str, Any]:
-    held_out, teachers = split_calibration(records), list(records.teachers)
+    held_out, teachers = held_out_calibration(records), list(records.teachers)
     outcomes, left_out = compare_strategies(
         held_out, teachers, records.strategies, records.run["seed"]
     )
@@ -175,7 +175,7 @@ def _router(records: RunRecords) -> dict[str, Any]:
         "strategies": {
             strategy: {
                 "mean_total": outcome.total.mean,
-                "ci95": [outcome.total.low, outcome.total.high],
+                "ci95": outcome.total.ci95,
                 "regret": outcome.regret,
                 "difference_to_router": _as_values(outcome.difference_to_router),
             }
@@ -306,7 +306,7 @@ def _gossip(records: RunRecords) -> dict[str, Any]:
 
 
 def _as_values(interval: Interval) -> dict[str, Any]:
-    return {"mean": interval.mean, "ci95": [interval.low, interval.high]}
+    return {"mean": interval.mean, "ci95": interval.ci95}
 
 
 def _mean(values: Iterable[float]) -> float | None:

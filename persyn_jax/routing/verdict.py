@@ -60,12 +60,10 @@ def judge_router(
         "hit_at_1": hit_at_k(held_out.total_NM, coefficient_NM, 1),
         "hit_at_3": hit_at_k(held_out.total_NM, coefficient_NM, 3),
         "regret": {strategy: interval.mean for strategy, interval in intervals.items()},
-        "regret_ci95": {
-            strategy: [interval.low, interval.high] for strategy, interval in intervals.items()
-        },
+        "regret_ci95": {strategy: interval.ci95 for strategy, interval in intervals.items()},
         "difference_to_best_constant": {
             "mean": difference.mean,
-            "ci95": [difference.low, difference.high],
+            "ci95": difference.ci95,
         },
         "verdict": verdict_sentence(difference, len(held_out.total_NM), constant),
         "best_constant": constant,

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from persyn_jax.reporting import build_report
-from persyn_jax.reporting.held_out import compare_strategies, largest_losses, split_calibration
+from persyn_jax.reporting.held_out import compare_strategies, held_out_calibration, largest_losses
 from persyn_jax.routing.strategies import STRATEGIES, StrategyConfig
 
 
 @pytest.fixture(scope="module")
 def held_out(run_records):
-    return split_calibration(run_records)
+    return held_out_calibration(run_records)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def test_only_held_out_prompts_are_judged_and_the_others_fitted_to(held_out, run
 
 def test_the_order_of_the_held_out_ids_does_not_matter(held_out, run_records):
     router = run_records.router | {"held_out_prompts": run_records.router["held_out_prompts"][::-1]}
-    again = split_calibration(dataclasses.replace(run_records, router=router))
+    again = held_out_calibration(dataclasses.replace(run_records, router=router))
     assert again.prompt_ids == held_out.prompt_ids
 
 
