@@ -50,7 +50,7 @@ def fit_head(teachers, feature_ND, preferences):
         pooled=feature_ND[preferences.prompt_index_P].astype(np.float32),
         winner=preferences.winner_P,
         loser=preferences.loser_P,
-        weights=np.ones(len(preferences.winner_P), np.float32),
+        weights=preferences.weight_P,
     )
 
     def value_and_slope(flat):
@@ -121,6 +121,29 @@ def test_the_order_through_the_one_function_of_all_strategies():
         for strategy in ("oracle", "router", "knn", "clusters", "best_constant", "random")
     }
     assert list(regret) == sorted(regret, key=regret.__getitem__)
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.2, 0.4])
+def test_a_specialist_that_is_right_now_and_then_is_asked_only_if_differences_weigh(alpha):
+    """In one of two sources it alone is ever right, 4 times in 10, and else the least natural."""
+    rng = np.random.default_rng(0)
+    special_N = np.arange(600) % 2 == 0
+    quality_NM = np.zeros((600, 5))
+    quality_NM[:, 0] = special_N & (rng.random(600) < 0.4)
+    quality_NM[:, 1] = ~special_N
+    learnability_NM = rng.normal(size=(600, 5)) - np.array([2, 0, 0, 0, 0])
+    # A right answer leads by 1 - alpha, a natural one by at most a fraction of alpha.
+    total_NM = (1 - alpha) * quality_NM + 0.1 * alpha * learnability_NM
+    feature_ND = np.where(special_N, 1.0, -1.0)[:, None]
+    regret = {}
+    for weights in ("equal", "difference"):
+        preferences = make_preferences(total_NM, weights)
+        teacher_N = fit(feature_ND, preferences)(feature_ND).argmax(axis=1)
+        assert (teacher_N[~special_N] == 1).all(), "it is right in every answer"
+        assert (teacher_N[special_N] == 0).all() == (weights == "difference")
+        regret[weights] = mean_regret(total_NM, teacher_N)
+    best_N = np.where(special_N, 0, 1)
+    assert regret["difference"] == mean_regret(total_NM, best_N) < regret["equal"] - 0.05
 
 
 def test_regret_falls_with_pairs_and_flattens():
