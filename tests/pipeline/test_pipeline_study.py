@@ -284,7 +284,7 @@ def test_a_finished_study_does_nothing_and_another_config_is_refused(studied, mo
 
 def test_the_other_student_has_routes_of_its_own_and_is_not_the_one_that_is_trained():
     config = load(*OTHER, "study.other_student={weights: 'random:tiny'}")
-    assert [trial.strategy for trial in all_trials(config)][11::12] == ["swapped"] * 3
+    assert [trial.strategy for trial in all_trials(config)][12::13] == ["swapped"] * 3
     other = route_config(config, "swapped")
     assert other.student == config.study.other_student
     assert other.router_backbone == config.student, "personal is the reward, not the router's size"
