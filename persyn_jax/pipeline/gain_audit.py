@@ -27,7 +27,8 @@ from persyn_jax.pipeline.run_files import CALIBRATION_ANSWERS, GAIN_AUDIT, PROMP
 from persyn_jax.pipeline.stages import STAGES
 from persyn_jax.provenance import source_fingerprint
 from persyn_jax.records import Answer, Prompt, Reward
-from persyn_jax.routing.router_study import rank_correlation
+from persyn_jax.routing.rewards import ALPHAS, combine
+from persyn_jax.routing.router_study import gain_by_alpha, rank_correlation
 from persyn_jax.streams import numpy_stream
 
 FOLDER = "gain_audit"
@@ -104,6 +105,13 @@ def audit_run(config: GainAuditConfig) -> dict[str, Any]:
         correlation_within_slices
                            the same after the mean of its slice is taken from every value: a slice
                            may be easier to learn, whoever answers
+        by_alpha           a list of {alpha, spearman, gain} for the total with each of `ALPHAS`:
+                           its correlation within slices, and the mean over the slices of the gain
+                           from the teacher that it likes best there; the best of eleven looks
+                           better than it is
+        best_gain, mean_gain
+                           the mean over the slices of the gain from the teacher with the largest
+                           one, and from one drawn at random
 
     Raises ConfigError: a stage is not finished, or is with another config; a source without
     held-out prompts with a reference answer; a slice without a prompt that all the teachers have a
@@ -133,6 +141,7 @@ def audit_run(config: GainAuditConfig) -> dict[str, Any]:
             "steps": config.gain_audit.steps,
             "units": rows,
             **correlations(rows),
+            **sweep_alpha(rows),
         }
         store.write_json(run.folder / GAIN_AUDIT, found)
     return found
@@ -259,6 +268,36 @@ def _row(unit: Unit, measured: Mapping[str, Any]) -> dict[str, Any]:
 def correlations(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """`correlation` and `correlation_within_slices` of `audit_run`, from its `units`: every teacher
     on every slice."""
+    value_TS = _by_teacher_and_slice(rows)
+    within_TS = {name: _within_slices(own_TS) for name, own_TS in value_TS.items()}
+    return {
+        "correlation": _with_gain(value_TS),
+        "correlation_within_slices": _with_gain(within_TS),
+    }
+
+
+def sweep_alpha(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """`by_alpha`, `best_gain` and `mean_gain` of `audit_run`, from its `units`."""
+    value_TS = _by_teacher_and_slice(rows)
+    quality_TS, learnability_TS, gain_TS = (
+        value_TS[name] for name in ("quality", "learnability", "gain")
+    )
+    chosen = gain_by_alpha(quality_TS.T, learnability_TS.T, gain_TS.T, ALPHAS).tolist()
+    by_alpha = []
+    for alpha, gain in zip(ALPHAS, chosen, strict=True):
+        total_TS = _within_slices(combine(quality_TS, learnability_TS, alpha))
+        found = rank_correlation(total_TS, _within_slices(gain_TS)).spearman
+        spearman = None if np.isnan(found) else found
+        by_alpha.append({"alpha": alpha, "spearman": spearman, "gain": gain})
+    return {
+        "by_alpha": by_alpha,
+        "best_gain": float(gain_TS.max(axis=0).mean()),
+        "mean_gain": float(gain_TS.mean()),
+    }
+
+
+def _by_teacher_and_slice(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """float64[T, S] of each term and of the gain."""
     teachers, slices = (
         list(dict.fromkeys(row[key] for row in rows)) for key in ("teacher", "slice")
     )
@@ -267,11 +306,11 @@ def correlations(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         cell = teachers.index(row["teacher"]), slices.index(row["slice"])
         for name, own_TS in value_TS.items():
             own_TS[cell] = row[name]
-    within_TS = {name: own_TS - own_TS.mean(axis=0) for name, own_TS in value_TS.items()}
-    return {
-        "correlation": _with_gain(value_TS),
-        "correlation_within_slices": _with_gain(within_TS),
-    }
+    return value_TS
+
+
+def _within_slices(value_TS: np.ndarray) -> np.ndarray:
+    return value_TS - value_TS.mean(axis=0)
 
 
 def _with_gain(value_TS: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -309,6 +348,18 @@ def audit_lines(found: Mapping[str, Any]) -> list[str]:
     for term in TERMS:
         both = [found[key][term] for key in ("correlation", "correlation_within_slices")]
         lines.append(f"| {term} | {' | '.join(map(_shown, both))} |")
+    lines += [
+        "",
+        "With another alpha, the total's correlation within slices, and the gain from the teacher "
+        f"that it likes best in each slice (of the best there: {found['best_gain']:+.4f}; of one at"
+        f" random: {found['mean_gain']:+.4f}):",
+        "",
+        "| alpha | correlation | gain |",
+        "|--:|--:|--:|",
+    ]
+    for row in found["by_alpha"]:
+        spearman = "-" if row["spearman"] is None else f"{row['spearman']:+.2f}"
+        lines.append(f"| {row['alpha']:.1f} | {spearman} | {row['gain']:+.4f} |")
     return lines
 
 

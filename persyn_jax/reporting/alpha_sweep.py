@@ -7,9 +7,7 @@ import numpy as np
 
 from persyn_jax.records import Reward
 from persyn_jax.routing.preferences import reward_matrix
-from persyn_jax.routing.rewards import combine
-
-ALPHAS = tuple(step / 10 for step in range(11))
+from persyn_jax.routing.rewards import ALPHAS, combine
 
 
 class Terms(NamedTuple):

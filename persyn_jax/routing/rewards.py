@@ -37,6 +37,10 @@ class RewardConfig:
     """Among which answers: those to the same prompt (prompt) or all (set)."""
 
 
+ALPHAS = tuple(step / 10 for step in range(11))
+"""Of a sweep: from quality alone to learnability alone."""
+
+
 def combine(
     quality_standardised: ArrayLike, learnability_standardised: ArrayLike, alpha: float
 ) -> np.ndarray:

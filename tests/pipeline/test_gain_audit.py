@@ -20,6 +20,7 @@ from persyn_jax.pipeline.gain_audit import (
     audit_run,
     correlations,
     make_units,
+    sweep_alpha,
 )
 from persyn_jax.pipeline.prompts import make_prompts
 from persyn_jax.pipeline.run import open_run, run_stage
@@ -153,11 +154,10 @@ def test_what_is_measured_is_not_measured_again(scored, audited, tunings, monkey
 def test_the_table_names_everything(audited):
     lines = audit_lines(json.loads(json.dumps(audited, allow_nan=False)))
     assert sum(line.startswith(("| reversing |", "| adding |")) for line in lines) == 6
-    assert [line.split(" | ")[0] for line in lines[-3:]] == [
-        "| total",
-        "| quality",
-        "| learnability",
-    ]
+    firsts = [line.split(" | ")[0] for line in lines]
+    start = firsts.index("| total")
+    assert firsts[start : start + 3] == ["| total", "| quality", "| learnability"]
+    assert firsts[-11:] == [f"| {step / 10}" for step in range(11)]
 
 
 def test_adapters_learn_too_and_leave_the_student_as_it_was(scored):
@@ -235,3 +235,25 @@ def test_within_slices_what_a_slice_gives_to_all_does_not_count():
     assert found["correlation_within_slices"]["total"]["spearman"] == pytest.approx(1)
     assert found["correlation_within_slices"]["learnability"]["spearman"] == pytest.approx(-1)
     assert found["correlation"]["quality"] == {"spearman": None, "p_value": None}
+
+
+def test_what_another_alpha_would_have_chosen_by_hand():
+    """The gain is in quality; learnability would have the other teacher in one of two slices."""
+    rows = [
+        {"teacher": teacher, "slice": name, "total": 0.0, "quality": quality}
+        | {"learnability": learnability, "gain": gain}
+        for teacher, name, quality, learnability, gain in (
+            ("a", "one", 1.0, -1.0, 0.5),
+            ("b", "one", -1.0, 1.0, 0.1),
+            ("a", "two", 0.5, 1.0, 0.4),
+            ("b", "two", -0.5, -1.0, 0.2),
+        )
+    ]
+    found = sweep_alpha(rows)
+    gains = {row["alpha"]: row["gain"] for row in found["by_alpha"]}
+    assert gains[0.0] == gains[0.4] == found["best_gain"] == pytest.approx(0.45)
+    assert gains[0.6] == gains[1.0] == pytest.approx((0.1 + 0.4) / 2)
+    assert found["mean_gain"] == pytest.approx(0.3)
+    spearman = [row["spearman"] for row in found["by_alpha"]]
+    assert spearman[0] == pytest.approx(1)
+    assert spearman[-1] == pytest.approx(-2 / np.sqrt(4 * 5)), "two pairs of equal ranks"

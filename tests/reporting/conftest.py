@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from persyn_jax.intervals import mean_ci95, paired_difference_ci95
-from persyn_jax.pipeline.gain_audit import correlations
+from persyn_jax.pipeline.gain_audit import correlations, sweep_alpha
 from persyn_jax.records import Answer, Example, Prompt, Reward, Route, Score
 from persyn_jax.reporting import RunRecords
 from persyn_jax.routing.rewards import make_rewards
@@ -212,7 +212,7 @@ def make_gain_audit(rewards: list[Reward], prompts: list[Prompt]) -> dict:
                     "learnability": float(np.mean([r.learnability_standardised for r in own])),
                 }
             )
-    return {"rows": 16, "steps": 8, "units": units, **correlations(units)}
+    return {"rows": 16, "steps": 8, "units": units, **correlations(units), **sweep_alpha(units)}
 
 
 def make_benchmarks() -> dict:

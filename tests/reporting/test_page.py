@@ -102,6 +102,8 @@ def test_gain_and_benchmarks_are_shown_where_they_were_measured(html, run_record
         low, high = unit["gain_ci95"]
         row = f"{unit['teacher']} {unit['slice']} {unit['gain']:+.4f} {low:+.4f} to {high:+.4f}"
         assert row in gain
+    for point in report["gain_audit"]["by_alpha"]:
+        assert f"{point['alpha']} {point['spearman']:+.2f} {point['gain']:+.4f}" in gain
     benchmarks = text[text.index("Benchmarks Each") : text.index("Gossip Each")]
     gsm8k = report["benchmarks"]["gsm8k"]
     for words in (
