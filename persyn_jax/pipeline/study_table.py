@@ -19,7 +19,6 @@ from persyn_jax.intervals import (
     mean_ci95,
     paired_deviation,
 )
-from persyn_jax.pipeline.examine import Examination
 from persyn_jax.pipeline.gain_audit import audit_lines
 from persyn_jax.pipeline.run_files import ANSWERS, CALIBRATION_ANSWERS, GAIN_AUDIT, ROUTES
 from persyn_jax.pipeline.study import (
@@ -161,6 +160,7 @@ def _measured(config: StudyConfig, trials: Sequence[Trial]) -> Measured:
 
 
 def _examinations(config: StudyConfig, name: str, file: str) -> list:
+    from persyn_jax.pipeline.examine import Examination
 
     return store.read_records(config.folder / name / file, Examination)
 

@@ -5,7 +5,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 from scipy.special import ndtri
-from scipy.stats import rankdata
 
 from persyn_jax.intervals import Interval
 from persyn_jax.records import Prompt, Reward
@@ -71,6 +70,8 @@ def rank_correlation(a_N: np.ndarray, b_N: np.ndarray) -> Interval | None:
 
     The interval is Fisher's with the variance 1.06 / (N - 3) (Fieller, Hartley and Pearson 1957).
     """
+    from scipy.stats import rankdata  # which takes seconds, and not every command needs it
+
     if len(a_N) < 4 or np.ptp(a_N) == 0 or np.ptp(b_N) == 0:
         return None
     correlation = float(np.corrcoef(rankdata(a_N), rankdata(b_N))[0, 1].clip(-1, 1))

@@ -10,7 +10,6 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import rankdata
 
 Normalisation = Literal["z_score", "min_max", "rank"]
 Scope = Literal["prompt", "set"]
@@ -30,6 +29,8 @@ def min_max(values_M: ArrayLike) -> np.ndarray:
 def rank(values_M: ArrayLike) -> np.ndarray:
     """The lowest is 0, the highest 1, equal steps between; equal values share the middle of their
     ranks, so a shared lowest lies above 0."""
+    from scipy.stats import rankdata  # which takes seconds, and not every command needs it
+
     return _of_known(values_M, lambda scaled: (rankdata(scaled) - 1) / (scaled.size - 1))
 
 

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy.special import expit
-from scipy.stats import rankdata
 
 from persyn_jax.routing.preferences import PairWeights, Preferences, make_preferences
 from persyn_jax.routing.rewards import combine
@@ -294,6 +293,8 @@ def rank_correlation(one_TS: np.ndarray, other_TS: np.ndarray) -> Correlation:
 
 def _spearman(one_RU: np.ndarray, other_RU: np.ndarray) -> np.ndarray:
     """float64[R]: Pearson's correlation of the ranks, equal values sharing the middle of theirs."""
+    from scipy.stats import rankdata  # which takes seconds, and not every command needs it
+
     one_RU, other_RU = (
         rank_RU - rank_RU.mean(axis=1, keepdims=True)
         for rank_RU in (rankdata(values_RU, axis=1) for values_RU in (one_RU, other_RU))
