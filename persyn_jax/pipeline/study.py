@@ -218,8 +218,15 @@ def run_study(
     what is shared, a strategy's routes and answers, a student (after those of the first seed the
     gain audit).
 
-    Raises ConfigError as `run_stage` does: a unit is finished with another config or other code.
+    Raises ConfigError as `run_stage` does: a unit is finished with another config or other code;
+    and where another process works on the same study.
     """
+    store.prepare(config.folder, holds=())
+    with store.hold(config.folder):
+        return _work(config, overwrite, may_go_on)
+
+
+def _work(config: StudyConfig, overwrite: bool, may_go_on: Callable[[], bool]) -> Standing:
     if not may_go_on():
         return Standing(None, [])
     _share(config, overwrite)

@@ -4,7 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,11 @@ from persyn_jax.config import ConfigError
 from persyn_jax.store.files import write_bytes
 
 
-def prepare(folder: Path) -> None:
+def prepare(folder: Path, holds: Sequence[str] = ("checkpoints", "stages")) -> None:
     """Makes the run folder and what it holds. Raises ConfigError where that is impossible."""
     try:
-        for name in ("checkpoints", "stages"):
-            (folder / name).mkdir(parents=True, exist_ok=True)
+        for path in (folder, *(folder / name for name in holds)):
+            path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{folder}: cannot be a run folder: {error.strerror}") from None
 

@@ -1,6 +1,7 @@
 """The study of strategies: on a tiny model with an endpoint that costs nothing, in two sittings."""
 
 import json
+import os
 import threading
 import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -155,7 +156,7 @@ def studied(tmp_path_factory):
                 study, "_twin", lambda c, t, all_: twin(c, t, all_) if t.seed == 1 else None
             )
             stopped = run_study(config, may_go_on=lambda: next(asked_again) < 6)
-            at_stop = sorted(path.name for path in config.folder.iterdir())
+            at_stop = sorted(path.name for path in config.folder.iterdir() if path.is_dir())
             standing = run_study(config)
         server.shutdown()
     return config, stopped, at_stop, standing
@@ -263,6 +264,16 @@ def test_students_on_the_same_answers_are_trained_once(studied):
     assert taken == store.read_manifest(config.folder / "router-1", "trial")
     assert trained != store.read_manifest(config.folder / "router-2", "trial"), "its own seconds"
     assert different != taken
+
+
+def test_one_process_at_a_time_works_on_a_study(tmp_path):
+    config = tiny_study(tmp_path, WHERE)
+    store.prepare(config.folder, holds=())
+    with (
+        store.hold(config.folder),
+        pytest.raises(ConfigError, match=f"tiny: in use by process {os.getpid()}"),
+    ):
+        run_study(config)
 
 
 @pytest.mark.slow
