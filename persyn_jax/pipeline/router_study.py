@@ -372,7 +372,8 @@ def study_lines(found: dict[str, Any]) -> list[str]:
         *_table(found["reliability"]["bins"]),
         "",
         f"Losses ({found['tied_share']:.1%} of the comparisons are ties; regret of ties_half minus "
-        f"ties_dropped {_shown_difference(found['ties_half_minus_dropped'])}):",
+        f"ties_dropped {_shown_difference(found['ties_half_minus_dropped'])}, of by_difference "
+        f"minus ties_dropped {_shown_difference(found['by_difference_minus_dropped'])}):",
         "",
         *_table([{"loss": name} | values for name, values in found["losses"].items()]),
         "",

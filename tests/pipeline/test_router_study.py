@@ -124,6 +124,7 @@ def test_without_ties_both_losses_are_nearly_one_and_the_tables_say_so(found):
     assert sum(row["pairs"] for row in found["reliability"]["bins"]) == 3 * 150
     lines = study_lines(json.loads(json.dumps(found, allow_nan=False)))
     assert "0.0% of the comparisons are ties" in "\n".join(lines)
+    assert f"ties_dropped {found['by_difference_minus_dropped']['mean']:+.4f}" in "\n".join(lines)
     assert f"| 150 | {found['learning_curve'][1]['pairs']:.4f} |" in "\n".join(lines)
 
 
