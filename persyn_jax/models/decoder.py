@@ -34,6 +34,7 @@ import numpy as np
 
 from persyn_jax.models.attention import Array, Attend, AttentionRule, attend_causally, soft_capped
 from persyn_jax.models.layout import GATHERED, WHOLE, Layout
+from persyn_jax.models.projection import Project, project
 from persyn_jax.models.recompute import Recompute, remat
 from persyn_jax.models.rope import RopeScaling, Rotation, rotary_frequencies, rotate
 
@@ -132,16 +133,18 @@ class Dense(nn.Module):
     features: int
     bias: bool = False
     lora_scale: float = 1.0
+    project: Project = project
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=-1, out_axis=-2)
-        y = project(x, self.param("kernel", init, (self.features, x.shape[-1])))
+        y = self.project(x, self.param("kernel", init, (self.features, x.shape[-1])), None)
         if self.bias:
             y += _last_axis(self.param("bias", nn.initializers.zeros, (self.features,)), y.ndim)
         if self.has_variable("params", "lora_a"):
             reduce, expand = (self.get_variable("params", name) for name in ("lora_a", "lora_b"))
-            y += project(project(x, reduce), expand) * self.lora_scale
+            reduced = self.project(x, reduce, None)
+            y += self.project(reduced, expand, None) * self.lora_scale
         return y
 
 
@@ -151,6 +154,7 @@ class Layer(nn.Module):
     config: DecoderConfig
     sum_parts: Callable[[jax.Array], jax.Array] = WHOLE.sum_parts
     """Where `config` has one chip's heads and features: sums over those chips."""
+    project: Project = project
 
     @nn.compact
     def __call__(
@@ -168,7 +172,7 @@ class Layer(nn.Module):
             return RMSNorm(c.norm_eps, c.norm_offset, name=name)(x)
 
         def dense(name: str, features: int, x: jax.Array, bias: bool = False) -> jax.Array:
-            return Dense(features, bias, c.lora_scale, name=name)(x)
+            return Dense(features, bias, c.lora_scale, self.project, name=name)(x)
 
         def heads(name: str, count: int, h_BTD: jax.Array) -> jax.Array:
             flat = dense(name, count * c.head_dim, h_BTD, c.attention_bias)
@@ -218,15 +222,6 @@ def _last_axis(vector: jax.Array, ndim: int) -> jax.Array:
     return vector.reshape((1,) * (ndim - 1) + (-1,))
 
 
-def project(x: jax.Array, kernel: jax.Array, dtype: Any = None) -> jax.Array:
-    """x[..., in] times kernel [out, in] -> [..., out]: both contract their last axis.
-
-    dtype: of sums and result; None: that of the operands.
-    """
-    axes = (((x.ndim - 1,), (1,)), ((), ()))
-    return jax.lax.dot_general(x, kernel, axes, preferred_element_type=dtype)
-
-
 def init(config: DecoderConfig, key: jax.Array) -> Params:
     """Random parameters, float32, layers stacked."""
     embed_key, head_key, layer_key = jax.random.split(key, 3)
@@ -266,12 +261,13 @@ def hidden_states(
     memory: Any = None,
     recompute: Recompute = "nothing",
     layout: Layout = WHOLE,
+    project: Project = project,
 ) -> tuple[jax.Array, Any]:
     """Runs the decoder up to and with its final norm.
 
     tokens_BT, positions_BT: int32. memory: what `attend` of each layer gets, a tuple of L, or None;
     only unrolled layers take one. recompute: what the backward pass of a stack computes again.
-    layout: how chips share the work, inside a `shard_map`.
+    layout: how chips share the work, inside a `shard_map`. project: multiplies with the kernels.
     Returns (hidden_BTD, what `attend` of each layer returned as its memory).
     Raises ValueError for stacked layers with a memory.
     """
@@ -281,7 +277,7 @@ def hidden_states(
     if stacked and memory is not None:
         raise ValueError("stacked layers take no memory: unroll the parameters first")
 
-    layer = Layer(_of_one_chip(config, layout.parts), layout.sum_parts)
+    layer = Layer(_of_one_chip(config, layout.parts), layout.sum_parts, project)
 
     def run_layer(x_BTD, layer_params, local, layer_memory=None):
         arguments = x_BTD, positions_BT, local, attend, layer_memory
@@ -354,7 +350,9 @@ def head_kernel(params: Params, layout: Layout = WHOLE) -> jax.Array:
     return layout.gather("embed", params["embed"])["embedding"]
 
 
-def logits(config: DecoderConfig, params: Params, hidden: jax.Array) -> jax.Array:
+def logits(
+    config: DecoderConfig, params: Params, hidden: jax.Array, project: Project = project
+) -> jax.Array:
     """hidden [..., D] -> float32 logits [..., V], also of bfloat16 parameters."""
     found = project(hidden, head_kernel(params), jnp.float32)
     return soft_capped(found, config.final_softcap)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from persyn_jax.models import decoder
 from persyn_jax.models.attention import AttentionRule, soft_capped
 from persyn_jax.models.decoder import Array, DecoderConfig, Params
+from persyn_jax.models.projection import project_few
 from persyn_jax.models.rows import in_chunks
 
 # Per layer (keys, values), heads side by side (F = K E numbers a token; a TPU would pad an axis E
@@ -117,7 +118,8 @@ def prefill(
         (pool_k.at[rows.store].set(k, mode="drop"), pool_v.at[rows.store].set(v, mode="drop"))
         for (pool_k, pool_v), (_, _, k, v) in zip(pool, memory, strict=True)
     )
-    logits_RV = _logits(config, params, hidden_RPD[jnp.arange(R), rows.length - 1])
+    last_RD = hidden_RPD[jnp.arange(R), rows.length - 1]
+    logits_RV = decoder.logits(config, params, last_RD, project_few)
     return cache, pool, draw(logits_RV, rows.start + rows.length, sampling)
 
 
@@ -151,18 +153,20 @@ def decode(
             return out_S1HE, (keys_SCF, values_SCF)
 
         hidden_S1D, cache = decoder.hidden_states(
-            config, params, token_S[:, None], position_S[:, None], attend, cache
+            config,
+            params,
+            token_S[:, None],
+            position_S[:, None],
+            attend,
+            cache,
+            project=project_few,
         )
-        logits_SV = _logits(config, params, hidden_S1D[:, 0])
+        logits_SV = decoder.logits(config, params, hidden_S1D[:, 0], project_few)
         drawn = draw(logits_SV, position_S + 1, sampling)
         return (cache, drawn.token, position_S + 1), drawn
 
     (cache, _, _), drawn = jax.lax.scan(one_step, (cache, token_S, position_S), None, length=steps)
     return cache, drawn
-
-
-def _logits(config: DecoderConfig, params: Params, hidden: jax.Array) -> jax.Array:
-    return decoder.logits(config, params, hidden)
 
 
 def attend_to_cache(
@@ -265,7 +269,7 @@ def score(config: DecoderConfig, params: Params, tokens_BT: Array, length_B: Arr
     alternatives = min(ALTERNATIVES, config.vocab_size)
 
     def told(hidden_BRD: jax.Array, targets_BR: Array) -> Tokens:
-        logits_NV = _logits(config, params, hidden_BRD).reshape(-1, config.vocab_size)
+        logits_NV = decoder.logits(config, params, hidden_BRD).reshape(-1, config.vocab_size)
         tokens = likelihoods(logits_NV, targets_BR.reshape(-1), alternatives)
         return jax.tree.map(lambda leaf: leaf.reshape(B, -1, *leaf.shape[1:]), tokens)
 
