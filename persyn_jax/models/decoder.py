@@ -155,6 +155,7 @@ class Layer(nn.Module):
     sum_parts: Callable[[jax.Array], jax.Array] = WHOLE.sum_parts
     """Where `config` has one chip's heads and features: sums over those chips."""
     project: Project = project
+    """Multiplies with the kernels."""
 
     @nn.compact
     def __call__(

@@ -33,8 +33,9 @@ def project_few(x: jax.Array, kernel: jax.Array, dtype: Any = None) -> jax.Array
         return project(x, kernel, dtype)
 
     def reduced(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        # Barriers on both sides: fused with its neighbours the loop is ten times slower. The kernel
-        # first: the other way round, XLA makes a matrix product of it again.
+        # Measured, with JAX 0.10 and 0.12: without these barriers a step takes 1.2 to 1.7 times as
+        # long, with that of the result alone up to 5 times; with x as the first factor, as long as
+        # with XLA's product.
         x_RI, kernel_OI = jax.lax.optimization_barrier((x.reshape(rows, -1), kernel))
         product_ROI = kernel_OI[None].astype(jnp.float32) * x_RI[:, None].astype(jnp.float32)
         y_RO = jnp.sum(product_ROI, axis=-1).astype(dtype or x.dtype)
