@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from persyn_jax.models import decoder
-from persyn_jax.models.attention import AttentionRule, soft_capped
 from persyn_jax.models.decoder import Array, DecoderConfig, Params
 from persyn_jax.models.projection import project_few
 from persyn_jax.models.rows import in_chunks
+from persyn_jax.sampling.cache_attention import attend_to_cache
 
 # Per layer (keys, values), heads side by side (F = K E numbers a token; a TPU would pad an axis E
 # of 64 to twice, and one of a few heads more): of the slots [S, C, F]; of the prefix pool
@@ -167,92 +167,6 @@ def decode(
 
     (cache, _, _), drawn = jax.lax.scan(one_step, (cache, token_S, position_S), None, length=steps)
     return cache, drawn
-
-
-def attend_to_cache(
-    q_BTHE: jax.Array,
-    keys_SCF: jax.Array,
-    values_SCF: jax.Array,
-    rule: AttentionRule,
-    positions_BT: Array,
-    slot_B: Array | None = None,
-) -> jax.Array:
-    """Attention of T queries a row to the cache, up to each query's own position: [B, T, H, E].
-
-    slot_B: the slot each row looks at; None: row b looks at slot b.
-
-    The softmax is accumulated block by block (FlashAttention, arXiv 2205.14135), from the first to
-    the last position that any row asks about. So the cost follows what is in the cache, or in the
-    window, and not the cache's length, and yet no row depends on how far the others go: a masked
-    block leaves maximum, sum and output as they are, bitwise. Positions past the cache belong to
-    rows that are not in use.
-    """
-    B, T, H, E = q_BTHE.shape
-    C, K = keys_SCF.shape[1], keys_SCF.shape[2] // E
-    block = cache_block(C)
-    q_BKGTE = jnp.moveaxis(q_BTHE.reshape(B, T, K, H // K, E), 1, 3)
-    last = jnp.max(jnp.where(positions_BT < C, positions_BT, 0))
-    first_block, oldest_BT = _window_start(rule, positions_BT, C, block, last)
-
-    def part(buffer_SCF: jax.Array, start: jax.Array) -> jax.Array:
-        piece_SNF = jax.lax.dynamic_slice_in_dim(buffer_SCF, start, block, axis=1)
-        piece_BNF = piece_SNF if slot_B is None else piece_SNF[slot_B]
-        return piece_BNF.reshape(B, block, K, E)
-
-    def add_block(index, carry):
-        highest, total, out_BKGTE = carry
-        k_BNKE, v_BNKE = (part(b, index * block) for b in (keys_SCF, values_SCF))
-        scores_BKGTN = jnp.einsum(
-            "BKGTE,BNKE->BKGTN", q_BKGTE, k_BNKE, preferred_element_type=jnp.float32
-        )
-        place_11N = index * block + jnp.arange(block)[None, None, :]
-        seen_BTN = place_11N <= positions_BT[:, :, None]
-        if oldest_BT is not None:
-            seen_BTN &= place_11N >= oldest_BT[:, :, None]
-        scores_BKGTN = soft_capped(scores_BKGTN * rule.scale, rule.softcap)
-        scores_BKGTN = jnp.where(seen_BTN[:, None, None], scores_BKGTN, -jnp.inf)
-        new_highest = jnp.maximum(highest, jnp.max(scores_BKGTN, axis=-1))
-        shrink = jnp.exp(highest - new_highest)
-        weights_BKGTN = jnp.exp(scores_BKGTN - new_highest[..., None])
-        mixed_BKGTE = jnp.einsum(
-            "BKGTN,BNKE->BKGTE",
-            weights_BKGTN.astype(v_BNKE.dtype),
-            v_BNKE,
-            preferred_element_type=jnp.float32,
-        )
-        return (
-            new_highest,
-            total * shrink + jnp.sum(weights_BKGTN, axis=-1),
-            out_BKGTE * shrink[..., None] + mixed_BKGTE,
-        )
-
-    # Finite, so that a block before a query's window adds exp(-inf) and not NaN.
-    nothing = jnp.full((B, K, H // K, T), jnp.finfo(jnp.float32).min)
-    carry = (nothing, jnp.zeros_like(nothing), jnp.zeros(q_BKGTE.shape, jnp.float32))
-    _, total, out_BKGTE = jax.lax.fori_loop(first_block, last // block + 1, add_block, carry)
-    out_BTKGE = jnp.moveaxis(out_BKGTE / total[..., None], 3, 1)
-    return out_BTKGE.reshape(B, T, H, E).astype(q_BTHE.dtype)
-
-
-def _window_start(
-    rule: AttentionRule, positions_BT: Array, length: int, block: int, last: jax.Array
-) -> tuple[int | jax.Array, jax.Array | None]:
-    """The first block that any row looks at, and the first position that each query sees.
-
-    Without a window these are 0 and None. Rows that are not in use look at all there is: something
-    is always seen, so nobody divides by 0.
-    """
-    if rule.window is None or (isinstance(rule.window, int) and rule.window >= length):
-        return 0, None
-    in_use_BT = positions_BT < length
-    oldest_BT = jnp.where(in_use_BT, jnp.maximum(positions_BT - rule.window + 1, 0), 0)
-    first = jnp.min(jnp.where(in_use_BT, oldest_BT, last))
-    return first // block, oldest_BT
-
-
-def cache_block(length: int) -> int:
-    """Tokens of the cache that attention reads at once: 128, or what divides the length."""
-    return next(size for size in range(min(128, length), 0, -1) if length % size == 0)
 
 
 def score(config: DecoderConfig, params: Params, tokens_BT: Array, length_B: Array) -> Tokens:

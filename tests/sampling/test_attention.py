@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from persyn_jax.models.attention import AttentionRule
-from persyn_jax.sampling.programs import attend_to_cache, cache_block
+from persyn_jax.sampling.cache_attention import attend_to_cache, cache_block
 
 S, C, K, G, E = 3, 384, 2, 3, 8  # three blocks of 128
 ATTEND = jax.jit(attend_to_cache, static_argnums=3)
