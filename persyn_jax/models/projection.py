@@ -18,7 +18,29 @@ _FEW = range(2, 33)
 def project(x: jax.Array, kernel: jax.Array, dtype: Any = None) -> jax.Array:
     """x[..., in] times kernel [out, in] -> [..., out]: both contract their last axis."""
     axes = (((x.ndim - 1,), (1,)), ((), ()))
-    return jax.lax.dot_general(x, kernel, axes, preferred_element_type=dtype)
+    return _cotangent_first(jax.lax.dot_general(x, kernel, axes, preferred_element_type=dtype))
+
+
+@jax.custom_vjp
+def _cotangent_first(y: jax.Array) -> jax.Array:
+    """y. On its way back, the cotangent is there before anything is multiplied with it.
+
+    On CPU, XLA else fuses what makes it with how it is turned for the kernel's gradient, and then
+    does both entry by entry: a step of training takes 1.08 times as long (JAX 0.12).
+    """
+    return y
+
+
+def _forward(y: jax.Array) -> tuple[jax.Array, None]:
+    return y, None
+
+
+def _backward(_: None, dy: jax.Array) -> tuple[jax.Array]:
+    barrier = jax.lax.optimization_barrier
+    return (jax.lax.platform_dependent(dy, cpu=barrier, default=lambda dy: dy),)
+
+
+_cotangent_first.defvjp(_forward, _backward)
 
 
 def project_few(x: jax.Array, kernel: jax.Array, dtype: Any = None) -> jax.Array:

@@ -154,8 +154,11 @@ def _before_responses(
 
 
 def _chosen(logits_BRV: jax.Array, targets_BR: Array) -> jax.Array:
-    log_probabilities_BRV = jax.nn.log_softmax(logits_BRV)
-    return jnp.take_along_axis(log_probabilities_BRV, targets_BR[:, :, None], axis=2)[:, :, 0]
+    """The log-softmax of one entry a token: bitwise as in `jax.nn.log_softmax`'s whole array."""
+    own_BR1 = jnp.take_along_axis(logits_BRV, targets_BR[:, :, None], axis=2)
+    highest_BR1 = jax.lax.stop_gradient(jnp.max(logits_BRV, axis=2, keepdims=True))
+    total_BR1 = jnp.sum(jnp.exp(logits_BRV - highest_BR1), axis=2, keepdims=True)
+    return (own_BR1 - highest_BR1 - jnp.log(total_BR1))[:, :, 0]
 
 
 def in_chunks(function: Callable, hidden_BRD: jax.Array, targets_BR: Array) -> Any:
