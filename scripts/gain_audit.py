@@ -7,6 +7,7 @@ and writes gain_audit.json into the run folder, which the report shows when it i
 FILE gets the same (keys: `audit_run` in persyn_jax/pipeline/gain_audit.py).
 """
 
+from persyn_jax.huge_pages import ask_for_huge_pages
 from persyn_jax.pipeline.command import end_with_one_line, make_parser
 
 
@@ -23,4 +24,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    ask_for_huge_pages()
     end_with_one_line(main)

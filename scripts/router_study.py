@@ -10,6 +10,7 @@ into the run folder; --json FILE gets the same (keys: `study_router` and `compar
 persyn_jax/pipeline/router_study.py).
 """
 
+from persyn_jax.huge_pages import ask_for_huge_pages
 from persyn_jax.pipeline.command import end_with_one_line, make_parser
 
 
@@ -26,4 +27,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    ask_for_huge_pages()
     end_with_one_line(main)

@@ -5,6 +5,7 @@
 Run it again and it does nothing; kill it and run it again and it goes on where it was.
 """
 
+from persyn_jax.huge_pages import ask_for_huge_pages
 from persyn_jax.pipeline.command import add_overwrite, end_with_one_line, make_parser
 
 
@@ -44,4 +45,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    ask_for_huge_pages()
     end_with_one_line(main)

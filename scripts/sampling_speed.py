@@ -10,6 +10,7 @@ Needs a quiet machine. --torch-python names a Python that has torch and transfor
 
 from pathlib import Path
 
+from persyn_jax.huge_pages import ask_for_huge_pages
 from persyn_jax.pipeline.command import end_with_one_line, make_parser
 
 CONFIG = Path(__file__).parents[1] / "configs" / "sampling_speed.yaml"
@@ -51,4 +52,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    ask_for_huge_pages()
     end_with_one_line(main)

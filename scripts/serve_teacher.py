@@ -5,6 +5,7 @@ uv run scripts/serve_teacher.py --config configs/quickstart.yaml --port 8000
 
 import json
 
+from persyn_jax.huge_pages import ask_for_huge_pages
 from persyn_jax.pipeline.command import end_with_one_line, make_parser
 
 
@@ -36,4 +37,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    ask_for_huge_pages()
     end_with_one_line(main)

@@ -8,6 +8,7 @@ The JSON file holds `config`, `overload` and `departures` (keys: those of `Overl
 
 from pathlib import Path
 
+from persyn_jax.huge_pages import ask_for_huge_pages
 from persyn_jax.pipeline.command import end_with_one_line, make_parser
 
 CONFIG = Path(__file__).parents[1] / "configs" / "service_load.yaml"
@@ -35,4 +36,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    ask_for_huge_pages()
     end_with_one_line(main)

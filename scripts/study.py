@@ -9,6 +9,7 @@ persyn_jax/pipeline/study_table.py).
 
 import time
 
+from persyn_jax.huge_pages import ask_for_huge_pages
 from persyn_jax.pipeline.command import add_overwrite, end_with_one_line, make_parser
 
 
@@ -45,4 +46,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    ask_for_huge_pages()
     end_with_one_line(main)

@@ -10,6 +10,7 @@ persyn_jax/bench/train_speed.py) and `ratios`.
 
 from pathlib import Path
 
+from persyn_jax.huge_pages import ask_for_huge_pages
 from persyn_jax.pipeline.command import end_with_one_line, make_parser
 
 CONFIG = Path(__file__).parents[1] / "configs" / "train_speed.yaml"
@@ -81,4 +82,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    ask_for_huge_pages()
     end_with_one_line(main)

@@ -2,18 +2,28 @@
 and answers each with one JSON line. It says one line of its own when it is ready."""
 
 import json
+import os
 import subprocess
 from collections.abc import Sequence
 from typing import Any
 
+from persyn_jax.huge_pages import without_huge_pages
+
 
 class Peer:
-    """Such a command, running. Raises RuntimeError when it ends before it is closed."""
+    """Such a command, running, in the environment that this program was started in.
+
+    Raises RuntimeError when it ends before it is closed.
+    """
 
     def __init__(self, name: str, command: Sequence[str]):
         self.name = name
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=without_huge_pages(os.environ),
         )
         self._read()  # it is ready
 

@@ -119,10 +119,10 @@ class Ours:
 
     def __init__(self, model: Model, config: SpeedConfig):
         self._config = config
-        self._model = model
+        self._mesh = meshes.make_mesh(1)
+        self._model = scoring.on_mesh(model, self._mesh)
         self._endless = dataclasses.replace(model, tokenizer=_NeverEnds())
         self._engines: dict[EngineConfig, Engine] = {}
-        self._mesh = meshes.make_mesh(1)
 
     def run(self, task: Task) -> int:
         """Does it; returns how many tokens count."""

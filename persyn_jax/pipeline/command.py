@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from persyn_jax.huge_pages import ask_for_huge_pages
+
 
 def make_parser(description: str, config: Path | None = None) -> argparse.ArgumentParser:
     """A parser of --config, --json and overrides; call its `parse_intermixed_args`.
@@ -116,6 +118,7 @@ def stage_main(description: str, name: str, by_processes: bool = False) -> None:
         if is_first:
             print_summary(summary, arguments.json)
 
+    ask_for_huge_pages()
     end_with_one_line(main)
 
 

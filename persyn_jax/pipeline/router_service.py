@@ -9,7 +9,6 @@ The first is the interface of Prompt-to-Leaderboard (arXiv 2502.14855), the seco
 
 import asyncio
 import contextlib
-import dataclasses
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
@@ -74,13 +73,11 @@ def load_router_of(run: Run) -> tuple[Choose, list[str]]:
 
     Raises ConfigError when the run has no router yet.
     """
-    import jax
-
     from persyn_jax import mesh as meshes
     from persyn_jax.models import router
     from persyn_jax.models.tokenizer import prompt_ids
     from persyn_jax.pipeline.run_files import ROUTER
-    from persyn_jax.sampling.scoring import pooled_states
+    from persyn_jax.sampling.scoring import on_mesh, pooled_states
 
     folder = run.folder / ROUTER
     if not folder.exists():
@@ -89,8 +86,7 @@ def load_router_of(run: Run) -> tuple[Choose, list[str]]:
     meshes.start_platform(run.config.run.platform, 1)
     mesh, config = meshes.make_mesh(1), run.config
     backbone = router.load_backbone(folder, config.router_backbone, config.run.seed)
-    on_mesh = jax.device_put(backbone.params, meshes.replicated(mesh))  # once, not in every request
-    backbone = dataclasses.replace(backbone, params=on_mesh)
+    backbone = on_mesh(backbone, mesh)
 
     def choose(messages: list[Message]) -> list[float]:
         state_1D = pooled_states(backbone, [tuple(prompt_ids(backbone.tokenizer, messages))], mesh)

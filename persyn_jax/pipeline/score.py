@@ -4,15 +4,12 @@ A model's forward passes over an answer are made once and kept in the answer sto
 normalisation or scope runs no model, another metric only the passes that are missing.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from persyn_jax import mesh as meshes
 from persyn_jax.config import ConfigError, fingerprint
 from persyn_jax.models import spec, weights
 from persyn_jax.models.rows import Conversation
@@ -164,9 +161,7 @@ def _measure(
     )
     if not missing:
         return 0
-    loaded = model.load()
-    placed = jax.device_put(loaded.params, meshes.replicated(mesh))
-    loaded = dataclasses.replace(loaded, params=placed)
+    loaded = scoring.on_mesh(model.load(), mesh)
     with progress("score", missing) as advance:
         for lack, keys in by_lack.items():
             for start in range(0, len(keys), _TOGETHER):

@@ -20,7 +20,7 @@ from persyn_jax.models.weights import Model
 from persyn_jax.pipeline.tokens import prompt_tokens
 from persyn_jax.provenance import source_fingerprint
 from persyn_jax.records import Prompt
-from persyn_jax.sampling.scoring import pooled_states
+from persyn_jax.sampling.scoring import on_mesh, pooled_states
 
 _CHUNK = 10_000  # prompts read at once, so that no more of them need be in memory
 _HEADER_BYTES = 256
@@ -50,7 +50,7 @@ def kept_states(
 
 
 def _states(model: Model, prompts: Iterable[Prompt], mesh: Mesh) -> Iterator[np.ndarray]:
-    rest = iter(prompts)
+    rest, model = iter(prompts), on_mesh(model, mesh)
     while chunk := list(islice(rest, _CHUNK)):
         yield pooled_states(model, prompt_tokens(model.tokenizer, chunk), mesh)
 

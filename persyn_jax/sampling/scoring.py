@@ -1,5 +1,6 @@
 """What a model says of many token rows, on the mesh, in length buckets: likelihoods and states."""
 
+import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -27,6 +28,12 @@ _STEP_END = re.compile(r"(?:[.!?][\"')\]\u2019\u201d]*\s+|[\u3002\uff01\uff1f]\s
 _log_likelihoods = jax.jit(rows.response_log_likelihoods, static_argnums=0)
 _scores = jax.jit(rows.response_scores, static_argnums=0)
 _last_states = jax.jit(rows.last_states, static_argnums=0)
+
+
+def on_mesh(model: Model, mesh: Mesh) -> Model:
+    """The model with its parameters on the mesh, for whoever calls the functions below more than
+    once: they put them there in each call otherwise."""
+    return dataclasses.replace(model, params=jax.device_put(model.params, meshes.replicated(mesh)))
 
 
 def mean_log_likelihoods(
@@ -174,7 +181,7 @@ def _in_buckets(
     Every batch has the same number of rows, sharded over the workers; the last one repeats its last
     item.
     """
-    params = jax.device_put(model.params, meshes.replicated(mesh))
+    params = on_mesh(model, mesh).params
     batch_rows = _ROWS * mesh.shape[meshes.WORKER]
     results: list = [None] * len(items)
     buckets: dict[int, list[int]] = {}

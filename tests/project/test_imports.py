@@ -12,6 +12,7 @@ PACKAGE = "persyn_jax"
 # A room imports only from floors below its own, and from its own files without going in a circle.
 FLOOR = {
     "config": 1,
+    "huge_pages": 1,
     "intervals": 1,
     "mesh": 1,
     "provenance": 1,
