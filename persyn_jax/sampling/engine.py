@@ -40,6 +40,9 @@ from persyn_jax.sampling.requests import (
 # Prompts are read first, since every step of decoding costs the same however many slots it serves.
 # But once half of the slots in use decode, they wait for so many reading steps at most.
 _PREFILLS_IN_A_ROW = 4
+# A prefill costs the same however few of its rows are in use. While more requests wait than there
+# are slots, it is put off until its rows are full, for so many decoding steps at most.
+_DECODES_BEFORE_PREFILL = 4
 
 
 @dataclass
@@ -123,7 +126,7 @@ class Engine:
         self._slots: list[_Slot | None] = [None] * config.slots
         self._waiting = _Waiting()
         self._tickets = 0
-        self._prefills_in_a_row = 0
+        self._prefills_in_a_row = self._decodes_in_a_row = 0
         self._scored_last = False
         self._cache = self._empty(config.slots, config.cache_length)
         self._pool = self._empty(config.prefix_blocks, config.prefill_chunk)
@@ -228,13 +231,25 @@ class Engine:
         self._scored_last = bool(self._waiting.scores) and not (in_use and self._scored_last)
         if self._scored_last:
             return dict(self._score_step())
-        reading = sum(slot.prefilling for slot in in_use)
-        decoding = len(in_use) - reading
-        if reading and (decoding < reading or self._prefills_in_a_row < _PREFILLS_IN_A_ROW):
+        if self._reads_next(in_use):
             self._prefills_in_a_row += 1
+            self._decodes_in_a_row = 0
             return dict(self._prefill_step())
         self._prefills_in_a_row = 0
-        return dict(self._decode_step()) if decoding else {}
+        self._decodes_in_a_row += 1
+        return dict(self._decode_step()) if in_use else {}
+
+    def _reads_next(self, in_use: list[_Slot]) -> bool:
+        """Whether the next step reads prompts; else it decodes."""
+        lengths = [len(slot.request.tokens) - slot.read for slot in in_use if slot.prefilling]
+        decoding = len(in_use) - len(lengths)
+        if decoding < len(lengths):
+            return True
+        chunks = sum(-(-length // self.config.prefill_chunk) for length in lengths)
+        full = chunks >= self.config.prefill_rows
+        patient = self._waiting.answers and self._decodes_in_a_row < _DECODES_BEFORE_PREFILL
+        due = full or not patient
+        return bool(lengths) and due and self._prefills_in_a_row < _PREFILLS_IN_A_ROW
 
     def _score_step(self) -> dict[int, Scores]:
         """The rows that have waited longest, as many as fit: those of the first one's length."""

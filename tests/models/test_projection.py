@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from persyn_jax.models.projection import project_few
+from persyn_jax.models.projection import project, project_few
 
 
 @settings(max_examples=20, deadline=None)
@@ -59,3 +59,30 @@ def test_other_platforms_keep_the_matrix_product():
     module = exported(*arguments).mlir_module()
     assert "dot_general" in module
     assert "stablehlo.reduce" not in module
+
+
+@settings(max_examples=20, deadline=None)
+@given(rows=st.integers(1, 40), inner=st.integers(1, 70), outer=st.integers(1, 50))
+def test_the_gradient_is_that_of_the_product(rows, inner, outer):
+    """Through what stands behind it too, whose cotangent is made first."""
+    rng = np.random.default_rng([rows, inner, outer])
+    shapes = ((2, rows, inner), (outer, inner), (2, rows, outer))
+    x, kernel, dy = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+
+    def gradients(multiply):
+        behind = jax.jit(lambda x, kernel: jax.nn.silu(multiply(x, kernel)))
+        return jax.vjp(behind, x, kernel)[1](dy)
+
+    plain = gradients(lambda x, kernel: jnp.einsum("bri,oi->bro", x, kernel))
+    for found, expected in zip(gradients(project), plain, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(("platform", "barriers"), [("cpu", 1), ("tpu", 0), ("cuda", 0)])
+def test_cotangents_are_made_first_on_cpu_alone(platform, barriers):
+    def gradient(x, kernel):
+        return jax.grad(lambda kernel: jnp.sum(jax.nn.silu(project(x, kernel))))(kernel)
+
+    exported = jax.export.export(jax.jit(gradient), platforms=[platform])
+    module = exported(jnp.zeros((8, 128)), jnp.zeros((512, 128))).mlir_module()
+    assert module.count("optimization_barrier") == barriers

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from persyn_jax.models.attention import AttentionRule
-from persyn_jax.sampling.cache_attention import attend_to_cache, cache_block
+from persyn_jax.sampling.cache_attention import _plan, attend_to_cache, cache_block
 
 S, C, K, G, E = 3, 384, 2, 3, 8  # three blocks of 128
 ATTEND = jax.jit(attend_to_cache, static_argnums=3)
@@ -94,3 +94,43 @@ def test_rows_that_are_not_in_use_divide_by_nothing(positions_BT):
     rule = AttentionRule(1.0, window=2)
     out = ATTEND(q_BTHE, keys_SCF, values_SCF, rule, np.array(positions_BT, np.int32))
     assert np.isfinite(out).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(0, 99),
+    st.lists(st.tuples(st.integers(0, C), st.integers(0, S - 1)), min_size=13, max_size=13),
+    st.randoms(use_true_random=False),
+    st.sampled_from([None, *WINDOWS]),
+)
+def test_many_rows_are_worked_off_in_groups_that_no_row_feels(seed, rows, random, window):
+    """13 rows, two groups. Against JAX's own, and bitwise the same in any other order."""
+    q_BTHE, keys_SCKE, values_SCKE = arrays(seed, len(rows), 1)
+    positions_BT, slot_B = np.array([[p] for p, _ in rows]), np.array([slot for _, slot in rows])
+    keys_SCF, values_SCF = (array.reshape(S, C, -1) for array in (keys_SCKE, values_SCKE))
+    rule = RULE._replace(window=window)
+
+    def attend(order):
+        asked = (positions_BT[order].astype(np.int32), slot_B[order].astype(np.int32))
+        return np.asarray(ATTEND(q_BTHE[order], keys_SCF, values_SCF, rule, *asked))
+
+    found, order = attend(np.arange(len(rows))), random.sample(range(len(rows)), len(rows))
+    np.testing.assert_array_equal(attend(order), found[order])
+    in_use = positions_BT[:, 0] < C
+    behind_BTC = positions_BT[:, :, None] - np.arange(C)
+    seen_B1TC = ((behind_BTC >= 0) & (behind_BTC < (window or C)))[:, None]
+    expected = jax.nn.dot_product_attention(
+        q_BTHE, keys_SCKE[slot_B], values_SCKE[slot_B], mask=seen_B1TC
+    )
+    np.testing.assert_allclose(found[in_use], expected[in_use], atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("window", "steps"),
+    [(None, 4 + 2 + 1), (C, 4 + 2 + 1), (1, 4), (130, 4 + 2)],
+)
+def test_the_cost_is_what_all_rows_see_and_not_rows_times_the_longest(window, steps):
+    """32 rows, 8 at a time. With no window all see a block, 9 a second, one a third: not 4 x 3."""
+    positions_BT = np.array([[127]] * 23 + [[250]] * 8 + [[383]], np.int32)
+    plan = _plan(RULE._replace(window=window), positions_BT, C, 128)
+    assert (plan.group, int(plan.done[-1])) == (8, steps)
