@@ -435,6 +435,33 @@ def test_long_prompts_do_not_stop_answers_that_are_under_way(engine):
         engine.cancel(ticket)
 
 
+@pytest.mark.parametrize(
+    ("length", "behind", "steps"),
+    [
+        (4, 2, 5),  # a row of three: put off for four decoding steps at most
+        (20, 2, 1),  # all three rows
+        (4, 0, 1),  # nobody else is there to fill the others
+    ],
+)
+def test_a_prompt_waits_for_company_while_more_wait_than_there_are_slots(
+    engine, length, behind, steps
+):
+    running = [
+        engine.submit(Request(prompt(4, seed), 100, temperature=9.0, seed=seed))
+        for seed in range(3, 7)
+    ]
+    for _ in range(3):
+        engine.step()  # two of reading, and one of decoding
+    asked = engine.submit(Request(prompt(length, 9), 1))
+    others = [engine.submit(Request(prompt(4, 10 + seed), 1)) for seed in range(behind)]
+    engine.cancel(running[0])
+    brought = [set(engine.step()) for _ in range(steps)]
+    assert [asked in tickets for tickets in brought] == [False] * (steps - 1) + [True]
+    assert all(set(running[1:]) <= tickets for tickets in brought[:-1])
+    for ticket in [*running, *others]:
+        engine.cancel(ticket)
+
+
 def test_scoring_and_answering_take_turns(engine):
     answer = engine.submit(Request(prompt(4), 100, temperature=9.0, seed=3))
     scored = [engine.submit(ScoreRequest(prompt(20, seed))) for seed in range(8)]
