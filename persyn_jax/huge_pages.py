@@ -15,9 +15,11 @@ def ask_for_huge_pages() -> None:
     /sys/kernel/mm/transparent_hugepage/enabled, as usual, it hands out pages of 2 MiB to those who
     ask; glibc's malloc asks if an environment variable says so, and reads that only at the start.
     A GLIBC_TUNABLES that is there already stands, also an empty one. Does nothing elsewhere than on
-    Linux, and another C library does not know the variable.
+    Linux, nor where the script is not the program but run by it; another C library does not know
+    the variable.
     """
-    if sys.platform == "linux" and _VARIABLE not in os.environ:
+    is_program = sys.argv[0] in sys.orig_argv
+    if sys.platform == "linux" and is_program and _VARIABLE not in os.environ:
         os.environ[_VARIABLE] = _SETTING
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 

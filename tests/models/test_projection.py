@@ -78,11 +78,11 @@ def test_the_gradient_is_that_of_the_product(rows, inner, outer):
         np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize(("platform", "barriers"), [("cpu", 1), ("tpu", 0), ("cuda", 0)])
-def test_cotangents_are_made_first_on_cpu_alone(platform, barriers):
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
+def test_cotangents_are_made_first_on_cpu_alone(platform):
     def gradient(x, kernel):
         return jax.grad(lambda kernel: jnp.sum(jax.nn.silu(project(x, kernel))))(kernel)
 
     exported = jax.export.export(jax.jit(gradient), platforms=[platform])
     module = exported(jnp.zeros((8, 128)), jnp.zeros((512, 128))).mlir_module()
-    assert module.count("optimization_barrier") == barriers
+    assert ("stablehlo.optimization_barrier" in module) == (platform == "cpu")

@@ -18,6 +18,7 @@ if __name__ == "__main__":
     ask_for_huge_pages()
     print(json.dumps([sys.argv[1:], os.environ.get("GLIBC_TUNABLES"), sys.stdin.read()]))
 """
+MAIN = "__main__"
 linux = pytest.mark.skipif(sys.platform != "linux", reason="huge pages are Linux's")
 
 
@@ -51,6 +52,24 @@ def test_a_script_starts_anew_once_with_its_arguments_and_input(tmp_path, tunabl
     assert len(pids) == starts
     assert len(set(pids)) == 1, "the process is the same: signals and its parent still find it"
     assert json.loads(told) == [words, found, "asked"]
+
+
+@linux
+def test_a_script_that_another_program_runs_does_not_start_that_anew(tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT)
+    run = f"import runpy, sys; sys.argv = ['x']; runpy.run_path({str(path)!r}, None, {MAIN!r})"
+    ended = subprocess.run(
+        [sys.executable, "-c", run],
+        input="asked",
+        env=environment(None),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    pid, told = ended.stdout.splitlines()
+    assert pid.isdigit()
+    assert json.loads(told) == [[], None, "asked"]
 
 
 @pytest.mark.parametrize(
