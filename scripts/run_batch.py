@@ -9,7 +9,6 @@ Exits with 1 if an entry has no answer.
 import argparse
 from pathlib import Path
 
-from persyn_jax.huge_pages import ask_for_huge_pages
 from persyn_jax.pipeline.command import end_with_one_line, print_summary
 
 DESCRIPTION = """\
@@ -77,5 +76,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    ask_for_huge_pages()
     end_with_one_line(main)

@@ -1,4 +1,4 @@
-"""Attention to the key-value cache, block by block: each row pays for what it has in the cache.
+"""Attention to the key-value cache, block by block, as far as something is in it.
 
 Shapes: B rows of T queries; the cache of S slots of C tokens, F = K E numbers each; N tokens of a
 block; P rows in the order in which they are worked off, W of them at a time.
@@ -13,7 +13,7 @@ from persyn_jax.models.attention import AttentionRule, soft_capped
 from persyn_jax.models.decoder import Array
 
 _AT_LEAST = 8
-"""Rows that look at a block at a time, at least: fewer are not worth the step."""
+"""Rows of a group, at least, where there are so many."""
 _GROUPS = 4
 """Groups that more rows are worked off in."""
 
@@ -32,10 +32,11 @@ def attend_to_cache(
 
     The softmax is accumulated block by block (FlashAttention, arXiv 2205.14135), from the first to
     the last position that a row asks about. Rows are worked off in groups, those with most blocks
-    together, so that the cost follows what all rows have in the cache, or in their windows, and
-    neither the cache's length nor the longest row. And yet no row depends on which others are in
-    its group: each adds its own blocks in their order, and one it does not see leaves maximum, sum
-    and output as they are, bitwise. Positions past the cache belong to rows that are not in use.
+    together, so that with more than 8 rows the cost follows what all of them have in the cache, or
+    in their windows, and not the longest; up to 8 are one group, which reads as far as that one.
+    And yet no row depends on which others are in its group: each adds its own blocks in their
+    order, and one it does not see leaves maximum, sum and output as they are, bitwise. Positions
+    past the cache belong to rows that are not in use.
     """
     B, T, H, E = q_BTHE.shape
     S, C, F = keys_SCF.shape
