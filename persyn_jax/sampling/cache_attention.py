@@ -41,6 +41,8 @@ def attend_to_cache(
     B, T, H, E = q_BTHE.shape
     S, C, F = keys_SCF.shape
     K, N = F // E, cache_block(C)
+    # A row that is not in use looks at one token: nobody divides by 0.
+    positions_BT = jnp.where(positions_BT < C, positions_BT, 0)
     work = _plan(rule, positions_BT, C, N)
     W, row_P = work.group, work.row_P
     in_blocks = (S, C // N, N, F)
@@ -100,15 +102,12 @@ class _Plan(NamedTuple):
 
 
 def _plan(rule: AttentionRule, positions_BT: Array, length: int, block: int) -> _Plan:
-    """Rows that are not in use look at one block: something is always seen, nobody divides by 0."""
     B = positions_BT.shape[0]
-    in_use_BT = positions_BT < length
     oldest_BT, first_B = None, jnp.zeros(B, jnp.int32)
     if rule.window is not None and not (isinstance(rule.window, int) and rule.window >= length):
-        oldest_BT = jnp.where(in_use_BT, jnp.maximum(positions_BT - rule.window + 1, 0), 0)
+        oldest_BT = jnp.maximum(positions_BT - rule.window + 1, 0)
         first_B = jnp.min(oldest_BT, axis=1) // block
-    last_B = jnp.max(jnp.where(in_use_BT, positions_BT, 0), axis=1) // block
-    blocks_B = last_B - first_B + 1
+    blocks_B = jnp.max(positions_BT, axis=1) // block - first_B + 1
     W = B if B <= _AT_LEAST else max(_AT_LEAST, -(-B // _GROUPS))
     padding = -B % W
     row_P = jnp.pad(jnp.argsort(-blocks_B, stable=True), (0, padding))
