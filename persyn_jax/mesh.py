@@ -5,10 +5,11 @@
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -146,3 +147,22 @@ def read(tree: Any, mesh: Mesh) -> Any:
 @functools.cache
 def _gather_to_all(mesh: Mesh) -> jax.stages.Wrapped:
     return jax.jit(lambda array: array, out_shardings=replicated(mesh))
+
+
+def vary_alike(arrays: Sequence[Any]) -> list[jax.Array]:
+    """The arrays, each varying over every axis of the `shard_map` that one of them varies over.
+
+    The gradient of one that did not is summed over the axes that it got.
+    """
+    arrays = [jnp.asarray(array) for array in arrays]
+    axes = frozenset().union(*map(_varying, arrays))
+
+    def vary(array: jax.Array) -> jax.Array:
+        more = tuple(sorted(axes - _varying(array)))
+        return jax.lax.pcast(array, more, to="varying") if more else array
+
+    return [vary(array) for array in arrays]
+
+
+def _varying(array: jax.Array) -> frozenset[str]:
+    return frozenset(jax.typeof(array).manual_axis_type.varying)

@@ -40,33 +40,50 @@ def main() -> None:
     from persyn_jax.models import weights
 
     mesh.start_platform("cpu", 1)
-    with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory())
+    with tempfile.TemporaryDirectory() as folder:
         model = weights.load(loaded.model)
         weights.save_folder(Path(folder), model)
         vocab_size = model.config.vocab_size
         del model
         words = ("--config", str(arguments.config), *arguments.overrides, "--serve", folder)
-        commands = {
-            contender.name: [
-                *(sys.executable, __file__, *words, "--workers", str(contender.workers)),
-                *(("--exchange",) if contender.exchange else ()),
+
+        def command(contender: speed.Contender) -> list[str]:
+            exchange = ("--exchange",) if contender.exchange else ()
+            return [
+                sys.executable,
+                __file__,
+                *words,
+                "--workers",
+                str(contender.workers),
+                *exchange,
             ]
-            for contender in speed.contenders(loaded)
-        }
+
+        def compare(commands: dict[str, list[str]]) -> list[speed.Row]:
+            with contextlib.ExitStack() as running:
+                peers = [Peer(name, words) for name, words in commands.items()]
+                for peer in peers:
+                    running.callback(peer.close)
+                rows = list(speed.measure(loaded, vocab_size, peers))
+            for row in rows:
+                print(
+                    f"{row.contender:36} {row.tokens_per_second:7.1f} tokens/s, "
+                    f"{row.peak_memory_gb:5.2f} GB at most, first loss {row.first_loss:.4f}",
+                    flush=True,
+                )
+            return rows
+
+        alone, gossip = [
+            {contender.name: command(contender) for contender in contenders}
+            for contenders in speed.comparisons(loaded)
+        ]
         if arguments.torch_python is not None:
             script = Path(speed.__file__).with_name("transformers_peer.py")
-            commands["transformers"] = [arguments.torch_python, str(script), folder]
-        peers = [Peer(name, command) for name, command in commands.items()]
-        for peer in peers:
-            stack.callback(peer.close)
-        rows = list(speed.measure(loaded, vocab_size, peers))
-    for row in rows:
-        print(
-            f"{row.contender:36} {row.tokens_per_second:7.1f} tokens/s, "
-            f"{row.peak_memory_gb:5.2f} GB at most, first loss {row.first_loss:.4f}"
-        )
-    ratios = speed.ratios(rows)
+            alone["transformers"] = [arguments.torch_python, str(script), folder]
+        mine, *others = compare(alone)
+        without, with_gossip = compare(gossip)
+    rows = [mine, *others, without, with_gossip]
+    ratios = [speed.ratio(mine, other) for other in others]
+    ratios.append(speed.ratio(with_gossip, without))
     for ratio in ratios:
         print(
             f"{ratio.contender} against {ratio.reference}: {ratio.speed:.3f} times the tokens/s, "

@@ -1,8 +1,10 @@
 """How fast and how large a full fine-tuning step is, as ratios in one run of several processes.
 
-Contenders take turns on the same rows, so that a busy machine slows all of them alike; the first
-turn of each, which compiles, is not counted. Each is a process of its own (see `bench.peer`), so
-each has a peak memory of its own.
+Contenders take turns on the same rows, so that a busy machine slows all of them alike. What does
+not count: the first turn of each, which compiles, and the step that begins a turn. Training does
+not wait for others between its steps, and a process that has waited some seconds may have to ask
+the system for its memory again (a tenth of a step, on a virtual machine). Each is a process of its
+own (see `bench.peer`), so each has a peak memory of its own.
 """
 
 import json
@@ -27,11 +29,13 @@ class TrainSpeedConfig:
     model: ModelConfig
     turns: Annotated[int, Field(ge=2)] = 11
     """Of each contender, the first not counted."""
+    steps: Annotated[int, Field(ge=2)] = 2
+    """Of a turn, the first not counted."""
     rows: Annotated[int, Field(ge=1)] = 8
     """Of a step, over all workers."""
     row_tokens: Annotated[int, Field(ge=2)] = 128
     """All but the first token of a row are targets."""
-    recompute: Recompute = "nothing"
+    recompute: Recompute = "dots"
     gossip_workers: Annotated[int, Field(ge=2)] = 2
     """Of the comparison with and without gossip."""
     seed: Annotated[int, Field(ge=0)] = 0
@@ -60,34 +64,38 @@ class Row(NamedTuple):
     all_tokens_per_second: list[float]
 
 
-def contenders(config: TrainSpeedConfig) -> list[Contender]:
-    """Alone, for the peers to be compared with; then workers without and with gossip."""
+def comparisons(config: TrainSpeedConfig) -> list[list[Contender]]:
+    """One worker, for the peers to be compared with; then several, without and with gossip.
+
+    One after the other, so that no more models are in memory than are compared.
+    """
     workers = config.gossip_workers
-    return [Contender(1, False), Contender(workers, False), Contender(workers, True)]
+    return [[Contender(1, False)], [Contender(workers, False), Contender(workers, True)]]
 
 
-def make_rows(config: TrainSpeedConfig, vocab_size: int, turn: int) -> list[list[int]]:
-    """Random token ids, others in each turn."""
-    rng = np.random.default_rng([config.seed, turn])
+def make_rows(config: TrainSpeedConfig, vocab_size: int, turn: int, step: int) -> list[list[int]]:
+    """Random token ids, others in each step."""
+    rng = np.random.default_rng([config.seed, turn, step])
     return rng.integers(3, vocab_size, (config.rows, config.row_tokens)).tolist()
 
 
 def measure(config: TrainSpeedConfig, vocab_size: int, peers: Sequence[Peer]) -> Iterator[Row]:
-    """All peers in turn, on each turn's rows; then a row for each."""
-    replies: dict[str, list[dict[str, Any]]] = {peer.name: [] for peer in peers}
+    """All peers in turn, on each step's rows; then a row for each."""
+    steps: dict[str, list[list[dict[str, Any]]]] = {peer.name: [] for peer in peers}
     for turn in range(config.turns):
-        line = json.dumps({"kind": "train", "rows": make_rows(config, vocab_size, turn)}) + "\n"
+        lines = [
+            json.dumps({"kind": "train", "rows": make_rows(config, vocab_size, turn, step)}) + "\n"
+            for step in range(config.steps)
+        ]
         for peer in peers:
-            replies[peer.name].append(peer.run(line))
-    for name, turns in replies.items():
-        rates = [reply["tokens"] / reply["seconds"] for reply in turns[1:]]
-        yield Row(
-            name,
-            statistics.median(rates),
-            turns[-1]["peak_memory_gb"],
-            turns[0]["loss"],
-            rates,
-        )
+            steps[peer.name].append([peer.run(line) for line in lines])
+    for name, turns in steps.items():
+        rates = [
+            sum(reply["tokens"] for reply in counted) / sum(reply["seconds"] for reply in counted)
+            for _, *counted in turns[1:]
+        ]
+        memory, loss = turns[-1][-1]["peak_memory_gb"], turns[0][0]["loss"]
+        yield Row(name, statistics.median(rates), memory, loss, rates)
 
 
 def serve(config: TrainSpeedConfig, contender: Contender, folder: Path) -> None:
@@ -134,19 +142,17 @@ class _Steps:
         from persyn_jax.training.optimisers import make_optimiser
         from persyn_jax.training.step import init_state
 
-        workers = contender.workers
+        workers, steps = contender.workers, config.turns * config.steps
         self._config, self._workers, self._taken = config, workers, 0
         self._mesh = mesh = meshes.make_mesh(workers)
         model = weights.load(ModelConfig(weights=str(folder)))
         self._schedule = gossip.gosgd_schedule(
-            workers, config.turns, float(contender.exchange), config.seed
+            workers, steps, float(contender.exchange), config.seed
         )
         specs = sharded.parameter_specs(model.params, mesh)
         layout = sharded.chip_layout(specs, mesh)
         loss = functools.partial(response_loss, model.config, config.recompute, layout=layout)
-        optimiser = make_optimiser(
-            OptimiserConfig(learning_rate=1e-5, clip_norm=None), config.turns
-        )
+        optimiser = make_optimiser(OptimiserConfig(learning_rate=1e-5, clip_norm=None), steps)
         mixing = gossip.gosgd(
             gossip.Exchange(self._schedule.bank, meshes.WORKER, sharded.INNER_AXES)
         )
@@ -199,15 +205,10 @@ class Ratio(NamedTuple):
     """Peak memory over the reference's."""
 
 
-def ratios(rows: Sequence[Row]) -> list[Ratio]:
-    """Gossip against none; and one worker of ours against everyone else's, the rows after ours."""
-    alone, without, with_gossip, *others = rows
-    return [
-        Ratio(
-            mine.contender,
-            other.contender,
-            mine.tokens_per_second / other.tokens_per_second,
-            mine.peak_memory_gb / other.peak_memory_gb,
-        )
-        for mine, other in [(with_gossip, without), *((alone, other) for other in others)]
-    ]
+def ratio(mine: Row, reference: Row) -> Ratio:
+    return Ratio(
+        mine.contender,
+        reference.contender,
+        mine.tokens_per_second / reference.tokens_per_second,
+        mine.peak_memory_gb / reference.peak_memory_gb,
+    )

@@ -36,7 +36,7 @@ from persyn_jax.models.attention import Array, Attend, AttentionRule, attend_cau
 from persyn_jax.models.layout import GATHERED, WHOLE, Layout
 from persyn_jax.models.projection import Project, project
 from persyn_jax.models.recompute import Recompute, remat
-from persyn_jax.models.rope import RopeScaling, Rotation, rotary_frequencies, rotate
+from persyn_jax.models.rope import RopeScaling, Turns, make_turns, rotary_frequencies, rotate
 
 __all__ = [
     "Array",
@@ -148,6 +148,21 @@ class Dense(nn.Module):
         return y
 
 
+class LayerKind(NamedTuple):
+    """In what local layers may differ from the others."""
+
+    turns: Turns
+    window: int | jax.Array | None
+
+
+def _layer_kind(c: DecoderConfig, positions_BT: Array, local: bool) -> LayerKind:
+    if local and c.local_rope_theta is not None:
+        rotation = rotary_frequencies(c.head_dim, c.local_rope_theta, None)
+    else:
+        rotation = rotary_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
+    return LayerKind(make_turns(positions_BT, rotation), c.window if local else None)
+
+
 class Layer(nn.Module):
     """Pre-norm attention and gated feed-forward. What the queries look at is `attend`'s."""
 
@@ -161,12 +176,11 @@ class Layer(nn.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        positions_BT: jax.Array,
-        local: bool | jax.Array,
+        kind: LayerKind,
         attend: Attend,
         memory: Any,
     ) -> tuple[jax.Array, Any]:
-        c, kind = self.config, _layer_kind(self.config, local)
+        c = self.config
         B, T, _ = x_BTD.shape
 
         def norm(name: str, x: jax.Array) -> jax.Array:
@@ -182,7 +196,7 @@ class Layer(nn.Module):
         def turned(name: str, count: int, h_BTD: jax.Array) -> jax.Array:
             x_BTHE = heads(name, count, h_BTD)
             x_BTHE = norm(f"{name}_norm", x_BTHE) if c.qk_norm else x_BTHE
-            return rotate(x_BTHE, positions_BT, kind.rotation)
+            return rotate(x_BTHE, kind.turns)
 
         h_BTD = norm("attention_norm", x_BTD)
         q_BTHE, k_BTKE = turned("q", c.heads, h_BTD), turned("k", c.kv_heads, h_BTD)
@@ -199,26 +213,6 @@ class Layer(nn.Module):
         return x_BTD + (norm("post_mlp_norm", added_BTD) if c.post_norms else added_BTD), memory
 
 
-class _LayerKind(NamedTuple):
-    """In what local layers may differ from the others."""
-
-    rotation: Rotation
-    window: int | jax.Array | None
-
-
-def _layer_kind(c: DecoderConfig, local: bool | jax.Array) -> _LayerKind:
-    """local: an array inside a scan over layers of both kinds."""
-    if isinstance(local, jax.Array):
-        theirs, others = _layer_kind(c, True), _layer_kind(c, False)
-        others = others._replace(window=_EVERYTHING)
-        return jax.tree.map(lambda a, b: jnp.where(local, a, b), theirs, others)
-    if local and c.local_rope_theta is not None:
-        rotation = rotary_frequencies(c.head_dim, c.local_rope_theta, None)
-    else:
-        rotation = rotary_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
-    return _LayerKind(rotation, c.window if local else None)
-
-
 def _last_axis(vector: jax.Array, ndim: int) -> jax.Array:
     return vector.reshape((1,) * (ndim - 1) + (-1,))
 
@@ -232,7 +226,8 @@ def init(config: DecoderConfig, key: jax.Array) -> Params:
 
     def init_layer(key):
         x_BTD, positions_BT = jnp.zeros((1, 1, config.d_model)), jnp.zeros((1, 1), jnp.int32)
-        return Layer(config).init(key, x_BTD, positions_BT, False, attend, None)["params"]
+        kind = _layer_kind(config, positions_BT, False)
+        return Layer(config).init(key, x_BTD, kind, attend, None)["params"]
 
     shape_VD = (config.vocab_size, config.d_model)
     params = {
@@ -280,24 +275,29 @@ def hidden_states(
 
     layer = Layer(_of_one_chip(config, layout.parts), layout.sum_parts, project)
 
-    def run_layer(x_BTD, layer_params, local, layer_memory=None):
-        arguments = x_BTD, positions_BT, local, attend, layer_memory
-        return _apply(layer, layout.gather("layers", layer_params), *arguments)
+    def run_layer(x_BTD, layer_params, kind, layer_memory=None):
+        return _apply(
+            layer, layout.gather("layers", layer_params), x_BTD, kind, attend, layer_memory
+        )
 
     x_BTD = layout.gather("embed", params["embed"])["embedding"][tokens_BT]
     if config.embedding_scale != 1.0:  # rounded to the parameters' dtype, as in Gemma's own code
         x_BTD = x_BTD * jnp.asarray(config.embedding_scale, x_BTD.dtype)
     local = [config.is_local(i) for i in range(config.layers)]
+    # Sines are made once for all layers of a kind, on the way forward and back.
+    kinds = {
+        is_local: _layer_kind(config, positions_BT, is_local) for is_local in sorted(set(local))
+    }
     if stacked:
         again = functools.partial(_remat, recompute=recompute, gathers=layout is not WHOLE)
-        x_BTD = _scan_layers(run_layer, x_BTD, params["layers"], local, again)
+        x_BTD = _scan_layers(run_layer, x_BTD, params["layers"], local, kinds, again)
     elif memory is None:
         for layer_params, is_local in zip(params["layers"], local, strict=True):
-            x_BTD, _ = run_layer(x_BTD, layer_params, is_local)
+            x_BTD, _ = run_layer(x_BTD, layer_params, kinds[is_local])
     else:
         after = []
-        for entry in zip(params["layers"], local, memory, strict=True):
-            x_BTD, layer_memory = run_layer(x_BTD, *entry)
+        for layer_params, is_local, own in zip(params["layers"], local, memory, strict=True):
+            x_BTD, layer_memory = run_layer(x_BTD, layer_params, kinds[is_local], own)
             after.append(layer_memory)
         memory = tuple(after)
     final_norm = RMSNorm(config.norm_eps, config.norm_offset)
@@ -305,19 +305,27 @@ def hidden_states(
 
 
 def _scan_layers(
-    run_layer: Callable, x_BTD: jax.Array, stack: Params, local: list[bool], again: Callable
+    run_layer: Callable,
+    x_BTD: jax.Array,
+    stack: Params,
+    local: list[bool],
+    kinds: dict[bool, LayerKind],
+    again: Callable,
 ) -> jax.Array:
     """again: makes of one layer's function what the backward pass wants of it."""
-    if len(set(local)) == 1:  # a constant: no mask that a layer does not need
+    if len(kinds) == 1:  # a constant: no mask that a layer does not need
 
         def body(x_BTD, layer_params):
-            return run_layer(x_BTD, layer_params, local[0])
+            return run_layer(x_BTD, layer_params, kinds[local[0]])
 
         scanned = stack
     else:
+        theirs, others = kinds[True], kinds[False]._replace(window=_EVERYTHING)
 
         def body(x_BTD, layer):
-            return run_layer(x_BTD, *layer)
+            layer_params, is_local = layer
+            kind = jax.tree.map(lambda a, b: jnp.where(is_local, a, b), theirs, others)
+            return run_layer(x_BTD, layer_params, kind)
 
         scanned = (stack, np.array(local))
     x_BTD, _ = jax.lax.scan(again(body), x_BTD, scanned)

@@ -36,8 +36,17 @@ class Rotation(NamedTuple):
 
     frequencies_F: jax.Array
     """float32 [E / 2], radians a token."""
-    amplitude: float | jax.Array = 1.0
+    amplitude: float = 1.0
     """Multiplies sine and cosine."""
+
+
+class Turns(NamedTuple):
+    """How each token's heads are turned: the same in every layer of a kind."""
+
+    cos_BTF: jax.Array
+    """float32 [B, T, E / 2]"""
+    sin_BTF: jax.Array
+    """float32 [B, T, E / 2]"""
 
 
 def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Rotation:
@@ -63,14 +72,19 @@ def _divisors(half: int, theta: float, s: RopeScaling) -> np.ndarray:
     return 1 / (kept_F + (1 - kept_F) / s.factor)
 
 
-def rotate(x_BTHE: jax.Array, positions_BT: jax.Array, rotation: Rotation) -> jax.Array:
-    """Turns each head by its token's position; rotate-half form, as in Hugging Face code."""
-    half = x_BTHE.shape[-1] // 2
+def make_turns(positions_BT: jax.Array | np.ndarray, rotation: Rotation) -> Turns:
+    """How heads of tokens at these positions, int32 [B, T], are turned."""
     angles_BTF = positions_BT[:, :, None].astype(jnp.float32) * rotation.frequencies_F[None, None]
-    angles_BT1F = angles_BTF[:, :, None]
-    cos, sin = jnp.cos(angles_BT1F), jnp.sin(angles_BT1F)
-    if not isinstance(rotation.amplitude, float) or rotation.amplitude != 1.0:
-        cos, sin = cos * rotation.amplitude, sin * rotation.amplitude
+    cos_BTF, sin_BTF = jnp.cos(angles_BTF), jnp.sin(angles_BTF)
+    if rotation.amplitude != 1.0:
+        cos_BTF, sin_BTF = cos_BTF * rotation.amplitude, sin_BTF * rotation.amplitude
+    return Turns(cos_BTF, sin_BTF)
+
+
+def rotate(x_BTHE: jax.Array, turns: Turns) -> jax.Array:
+    """Turns each head; rotate-half form, as in Hugging Face code."""
+    half = x_BTHE.shape[-1] // 2
+    cos, sin = turns.cos_BTF[:, :, None], turns.sin_BTF[:, :, None]
     x1, x2 = x_BTHE[..., :half], x_BTHE[..., half:]
     rotated = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
     return rotated.astype(x_BTHE.dtype)

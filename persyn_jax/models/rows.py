@@ -1,8 +1,9 @@
 """Token rows, and what a decoder says about them: log-likelihoods, and the state a router reads.
 
-Training and scoring share `response_log_likelihoods`: a learnability is computed as the loss is.
+Training and scoring share them: a learnability is computed as the loss is.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from persyn_jax import mesh as meshes
 from persyn_jax.models import decoder
 from persyn_jax.models.decoder import Array, DecoderConfig, Params
 from persyn_jax.models.layout import WHOLE, Layout
@@ -99,15 +101,24 @@ def response_log_likelihoods(
     Logits exist for response tokens only, and for CHUNK of each row at a time. recompute, layout:
     see `decoder.hidden_states`.
     """
-    hidden_BRD, head = _before_responses(config, params, rows, recompute, layout)
-    chosen_BR = in_chunks(
-        lambda hidden_BrD, targets_Br: _chosen(
-            decoder.logits(config, head, hidden_BrD), targets_Br
-        ),
-        hidden_BRD,
-        rows.targets,
-    )
-    return jnp.where(rows.weights > 0, chosen_BR, 0.0)
+    hidden_BRD, kernel_VD = _before_responses(config, params, rows, recompute, layout)
+    return _log_likelihoods(config, hidden_BRD, kernel_VD, rows.targets, rows.weights)
+
+
+def response_log_likelihood_sum(
+    config: DecoderConfig,
+    params: Params,
+    rows: Rows,
+    recompute: Recompute = "nothing",
+    layout: Layout = WHOLE,
+) -> jax.Array:
+    """The sum of `response_log_likelihoods` times their weights, float32 []: what a loss wants.
+
+    Its gradient needs each logit once: see `_weighted_sum`.
+    """
+    hidden_BRD, kernel_VD = _before_responses(config, params, rows, recompute, layout)
+    varying = meshes.vary_alike((hidden_BRD, kernel_VD, rows.targets, rows.weights))
+    return _weighted_sum(config, *varying)
 
 
 def response_scores(
@@ -117,10 +128,10 @@ def response_scores(
 
     The rank is 1 + the number of tokens that are likelier there; 0 where padded.
     """
-    hidden_BRD, head = _before_responses(config, params, rows)
+    hidden_BRD, kernel_VD = _before_responses(config, params, rows)
 
     def scores(hidden_BrD: jax.Array, targets_Br: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits_BrV = decoder.logits(config, head, hidden_BrD)
+        logits_BrV = _logits(config, hidden_BrD, kernel_VD)
         own_Br1 = jnp.take_along_axis(logits_BrV, targets_Br[:, :, None], axis=2)
         rank_Br = 1 + jnp.sum(logits_BrV > own_Br1, axis=2, dtype=jnp.int32)
         return _chosen(logits_BrV, targets_Br), rank_Br
@@ -136,8 +147,8 @@ def _before_responses(
     rows: Rows,
     recompute: Recompute = "nothing",
     layout: Layout = WHOLE,
-) -> tuple[jax.Array, Params]:
-    """The hidden state that each response token follows [B, R, D], and the head as parameters."""
+) -> tuple[jax.Array, jax.Array]:
+    """The hidden state that each response token follows [B, R, D], and the head [V, D]."""
     chex.assert_equal_shape([rows.tokens, rows.positions, rows.segments])
     chex.assert_equal_shape([rows.predictors, rows.targets, rows.weights])
     hidden_BTD, _ = decoder.hidden_states(
@@ -149,8 +160,86 @@ def _before_responses(
         recompute=recompute,
         layout=layout,
     )
-    head = {"head": {"kernel": decoder.head_kernel(params, layout)}}
-    return jnp.take_along_axis(hidden_BTD, rows.predictors[:, :, None], axis=1), head
+    before_BRD = jnp.take_along_axis(hidden_BTD, rows.predictors[:, :, None], axis=1)
+    return before_BRD, decoder.head_kernel(params, layout)
+
+
+def _logits(config: DecoderConfig, hidden_BRD: jax.Array, kernel_VD: jax.Array) -> jax.Array:
+    return decoder.logits(config, {"head": {"kernel": kernel_VD}}, hidden_BRD)
+
+
+def _log_likelihoods(
+    config: DecoderConfig,
+    hidden_BRD: jax.Array,
+    kernel_VD: jax.Array,
+    targets_BR: Array,
+    weights_BR: Array,
+) -> jax.Array:
+    def chosen(hidden_BrD: jax.Array, targets_Br: jax.Array) -> jax.Array:
+        return _chosen(_logits(config, hidden_BrD, kernel_VD), targets_Br)
+
+    return jnp.where(weights_BR != 0, in_chunks(chosen, hidden_BRD, targets_BR), 0.0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _weighted_sum(
+    config: DecoderConfig,
+    hidden_BRD: jax.Array,
+    kernel_VD: jax.Array,
+    targets_BR: Array,
+    weights_BR: Array,
+) -> jax.Array:
+    """Sum of the log-likelihoods times their weights.
+
+    A chunk's logits exist once: where a gradient is wanted, what it is but for a factor (the
+    cotangent of the sum) is made while they are there. Three products a chunk instead of four.
+    """
+    log_likelihood_BR = _log_likelihoods(config, hidden_BRD, kernel_VD, targets_BR, weights_BR)
+    return jnp.sum(log_likelihood_BR * weights_BR)
+
+
+def _sum_forward(
+    config: DecoderConfig,
+    hidden_BRD: jax.Array,
+    kernel_VD: jax.Array,
+    targets_BR: Array,
+    weights_BR: Array,
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    def weighted(*chunk: jax.Array) -> tuple[jax.Array, jax.Array]:
+        weights_Br, chosen_Br = chunk[-1], _log_likelihoods(config, *chunk)
+        return jnp.sum(chosen_Br * weights_Br), chosen_Br
+
+    gradient_of = jax.grad(weighted, argnums=(0, 1), has_aux=True)
+
+    def of_chunk(chunk: tuple) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        hidden_BrD, targets_Br, weights_Br = chunk
+        (dhidden_BrD, d_VD), chosen_Br = gradient_of(hidden_BrD, kernel_VD, targets_Br, weights_Br)
+        return d_VD, (dhidden_BrD, chosen_Br)
+
+    def add(sum_VD: jax.Array, chunk: tuple) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        d_VD, of_tokens = of_chunk(chunk)
+        return sum_VD + d_VD, of_tokens
+
+    R, whole = hidden_BRD.shape[1], (hidden_BRD, targets_BR, weights_BR)
+    if R <= CHUNK:
+        dkernel_VD, (dhidden_BRD, log_likelihood_BR) = of_chunk(whole)
+    else:
+        dkernel_VD, chunks = jax.lax.scan(add, jnp.zeros_like(kernel_VD), _cut(whole))
+        dhidden_BRD, log_likelihood_BR = _join(chunks, R)
+    total = jnp.sum(log_likelihood_BR * weights_BR)
+    return total, (dhidden_BRD, dkernel_VD, log_likelihood_BR)
+
+
+def _sum_backward(
+    config: DecoderConfig, gradients: tuple[jax.Array, ...], factor: jax.Array
+) -> tuple[jax.Array, jax.Array, None, jax.Array]:
+    dhidden_BRD, dkernel_VD, dweights_BR = (
+        (factor * gradient).astype(gradient.dtype) for gradient in gradients
+    )
+    return dhidden_BRD, dkernel_VD, None, dweights_BR
+
+
+_weighted_sum.defvjp(_sum_forward, _sum_backward)
 
 
 def _chosen(logits_BRV: jax.Array, targets_BR: Array) -> jax.Array:
@@ -168,23 +257,35 @@ def in_chunks(function: Callable, hidden_BRD: jax.Array, targets_BR: Array) -> A
     stay whole: chunks of the vocabulary would change sums, these only change how XLA orders a few.
     function returns a pytree of arrays [B, CHUNK, ...].
     """
-    B, R, D = hidden_BRD.shape
+    R = hidden_BRD.shape[1]
     if R <= CHUNK:
         return function(hidden_BRD, targets_BR)
-    chunks = -(-R // CHUNK)
-    padding = ((0, 0), (0, chunks * CHUNK - R))
-    hidden_BRD = jnp.pad(hidden_BRD, (*padding, (0, 0))).reshape(B, chunks, CHUNK, D)
-    targets_BR = jnp.pad(targets_BR, padding).reshape(B, chunks, CHUNK)
-    results = jax.lax.map(
-        lambda chunk: jax.checkpoint(function)(*chunk),
-        (jnp.moveaxis(hidden_BRD, 1, 0), jnp.moveaxis(targets_BR, 1, 0)),
-    )
+    chunks = _cut((hidden_BRD, targets_BR))
+    return _join(jax.lax.map(lambda chunk: jax.checkpoint(function)(*chunk), chunks), R)
 
-    def joined(result: jax.Array) -> jax.Array:  # [chunks, B, CHUNK, ...]
-        by_row = jnp.moveaxis(result, 0, 1)
-        return by_row.reshape(B, chunks * CHUNK, *by_row.shape[3:])[:, :R]
 
-    return jax.tree.map(joined, results)
+def _cut(arrays: Any) -> Any:
+    """[B, R, ...] -> [chunks, B, CHUNK, ...] of each, the last chunk filled up with zeros."""
+
+    def cut(array_BR: jax.Array) -> jax.Array:
+        B, R, *rest = array_BR.shape
+        chunks = -(-R // CHUNK)
+        padding = ((0, 0), (0, chunks * CHUNK - R), *((0, 0) for _ in rest))
+        filled = jnp.pad(array_BR, padding)
+        return jnp.moveaxis(filled.reshape(B, chunks, CHUNK, *rest), 1, 0)
+
+    return jax.tree.map(cut, arrays)
+
+
+def _join(chunks: Any, R: int) -> Any:
+    """What `_cut` cut: [chunks, B, r, ...] -> [B, R, ...] of each."""
+
+    def join(array: jax.Array) -> jax.Array:
+        by_row = jnp.moveaxis(array, 0, 1)
+        B, count, size, *rest = by_row.shape
+        return by_row.reshape(B, count * size, *rest)[:, :R]
+
+    return jax.tree.map(join, chunks)
 
 
 def last_states(

@@ -64,10 +64,11 @@ def response_loss(
     """
     targets = layout.share((batch.predictors, batch.targets, batch.weights))
     batch = Rows(batch.tokens, batch.positions, batch.segments, *targets)
-    log_likelihood_BR = rows.response_log_likelihoods(config, params, batch, recompute, layout)
     weight = layout.total(jnp.sum(batch.weights))
-    total = layout.total(jnp.sum(log_likelihood_BR * batch.weights))
-    return -total / jnp.maximum(weight, 1.0), weight
+    # Each token's share in the mean, times -1: then the sum is the loss, and its cotangent 1.
+    batch = batch._replace(weights=-batch.weights / jnp.maximum(weight, 1.0))
+    own = rows.response_log_likelihood_sum(config, params, batch, recompute, layout)
+    return layout.total(own), weight
 
 
 def adapter_loss(

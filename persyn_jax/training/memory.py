@@ -21,7 +21,8 @@ from persyn_jax.training.precision import cast_loss
 from persyn_jax.training.step import LossFunction
 
 # How many buffers of a kind are alive at the peak, as XLA lays them out on a CPU (see the test).
-_LOGIT_COPIES = 3  # logits, their log-softmax and its gradient
+_LOGIT_COPIES = 3  # logits, what is made of them, their gradient
+_HEAD_COPIES = 2  # of the head's gradient, which is there from the way forward on
 _SCORE_COPIES = 1.5  # the attention scores' gradient in one layer
 _UPDATE_COPIES = {"adamw": 3.0, "muon": 3.1, "sgd": 3.3, "adafactor": 2.1}  # of the parameters
 
@@ -47,11 +48,11 @@ def estimate_training_memory(
 ) -> TrainingMemory:
     """The memory of a fine-tuning step; of the batch, the program and the host, nothing.
 
-    What is kept is exact: it is read off the traced loss. The peak is either in the backward pass
-    or in the update, and how many buffers are alive there is as measured on a CPU under JAX 0.10,
-    where it holds to a fifth (under 0.12 it was up to a third too much); other platforms lay out
-    alike but have not been measured. shards: devices that share a worker, taken to split parameters
-    and batch evenly.
+    What is kept is exact: it is read off the traced loss. The peak is at the head, in the backward
+    pass of the layers, or in the update, and how many buffers are alive there is as measured on a
+    CPU under JAX 0.10 and 0.12, where it holds to a fifth (0.12 and a tiny model: to a third);
+    other platforms lay out alike but have not been measured. shards: devices that share a worker,
+    taken to split parameters and batch evenly.
     """
     stored = "float32" if platform == "cpu" else config.compute_dtype  # a CPU widens bfloat16
     params, base = trained_shapes(model, config)
@@ -62,14 +63,18 @@ def estimate_training_memory(
     again = (
         kept_bytes(model, config, "nothing", stored) - kept
     )  # of all layers; alive for one at a time
-    gradients = size * (1 + (config.accumulate > 1))
+    sums = size * (config.accumulate > 1)
     if config.compute_dtype == "bfloat16":
-        gradients += size // 2  # in bfloat16, before they are turned to float32
+        sums += size // 2  # gradients in bfloat16, before they are turned to float32
     logits = 4 * config.rows * min(config.row_response_tokens, CHUNK) * model.vocab_size
     scores = 4 * config.rows * model.heads * config.row_tokens**2
     layer = max(again, 0) // model.layers + int(_SCORE_COPIES * scores)
-    backward = kept + layer + gradients + _LOGIT_COPIES * logits
-    working = max(backward, int(_UPDATE_COPIES[config.optimiser.name] * size))
+    head_gradient = 0 if base else _HEAD_COPIES * _head_bytes(model, "float32")
+    working = max(
+        kept + sums + _LOGIT_COPIES * logits + head_gradient,  # at the head
+        kept + sums + size + layer,  # on the way back
+        sums + int(_UPDATE_COPIES[config.optimiser.name] * size) + head_gradient,  # in the update
+    )
     return TrainingMemory((state + frozen) // shards, kept // shards, working // shards)
 
 
@@ -78,7 +83,8 @@ def kept_bytes(
 ) -> int:
     """Bytes that the loss keeps for its gradient, besides parameters and batch themselves.
 
-    They count what is computed from the parameters, as their copies in bfloat16.
+    They count what is computed from the parameters, as their copies in bfloat16. They do not count
+    the head's gradient, made on the way forward: it is one of the gradients, and none with LoRA.
     """
     loss: LossFunction = response_loss if config.lora is None else adapter_loss
     loss = cast_loss(functools.partial(loss, model, recompute), dtype)
@@ -91,7 +97,12 @@ def kept_bytes(
     params, base = trained_shapes(model, config)
     in_dtype = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), base)
     frozen = (in_dtype,) if base else ()
-    return _bytes(jax.eval_shape(kept, params, batch_shapes(config), *frozen))
+    found = _bytes(jax.eval_shape(kept, params, batch_shapes(config), *frozen))
+    return found - _head_bytes(model, dtype)
+
+
+def _head_bytes(model: DecoderConfig, dtype: ComputeDtype) -> int:
+    return model.vocab_size * model.d_model * np.dtype(dtype).itemsize
 
 
 def trained_shapes(

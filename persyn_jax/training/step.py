@@ -80,6 +80,8 @@ def make_train_step(
         at = mixing.evaluate_at(state.params, state.mix_state)
         (loss, weight), gradients = gradient_of(at, batch, *frozen)
         updates, opt_state = optimiser.update(gradients, state.opt_state, at)
+        # Else XLA makes them twice: for the look whether they are finite, and to be added.
+        updates = jax.lax.optimization_barrier(updates)
         params, mix_state = mixing.update(updates, state.mix_state, state.params, round)
         metrics = StepMetrics(loss, weight, optax.tree.norm(gradients))
         return TrainState(params, opt_state, mix_state), metrics
@@ -104,19 +106,12 @@ def accumulated(gradient_of: GradientFunction) -> GradientFunction:
 
         first = jax.tree.map(lambda leaf: leaf[0], batches)
         (loss, weight), gradients = jax.eval_shape(gradient_of, params, first, *frozen)
-        start = jax.tree.map(_zeros, ((loss, gradients), weight))
+        start = jax.tree.map(jnp.zeros_like, ((loss, gradients), weight))
         ((loss, gradients), weight), _ = jax.lax.scan(add, start, batches)
         share = 1 / jnp.maximum(weight, 1.0)  # a worker without tokens has gradient 0
         return (loss * share, weight), jax.tree.map(lambda sum: sum * share, gradients)
 
     return over_batches
-
-
-def _zeros(like: jax.ShapeDtypeStruct) -> jax.Array:
-    """Zeros that vary over the axes of a `shard_map` as `like` does: a scan's carry must."""
-    zeros = jnp.zeros(like.shape, like.dtype)
-    axes = getattr(like.manual_axis_type, "varying", ())  # outside one there is none
-    return jax.lax.pcast(zeros, tuple(axes), to="varying") if axes else zeros
 
 
 def on_mesh(

@@ -1,5 +1,6 @@
 """The timing takes the student's own steps; its values are for scripts, never for tests."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -15,20 +16,22 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "train_speed.py"
 SMALL = speed.TrainSpeedConfig(
     model=ModelConfig(weights="random:tiny"), turns=3, rows=2, row_tokens=8
 )
-# Says that step n had loss n, took a second for six tokens, and that its process holds n GB.
+# Says that step n had loss n, took n seconds for six tokens, and that its process holds n GB.
 PEER = """
 import json, sys
 print(json.dumps({"ready": True}), flush=True)
 for number, line in enumerate(sys.stdin):
     assert json.loads(line)["kind"] == "train"
-    found = {"seconds": 1.0, "tokens": 6, "loss": number, "peak_memory_gb": number}
+    found = {"seconds": number, "tokens": 6, "loss": number, "peak_memory_gb": number}
     print(json.dumps(found), flush=True)
 """
 
 
-def test_each_turn_has_rows_of_its_own_and_everybody_gets_the_same():
-    first, again, other = (speed.make_rows(SMALL, 100, turn) for turn in (0, 0, 1))
-    assert first == again != other
+def test_each_step_has_rows_of_its_own_and_everybody_gets_the_same():
+    places = ((0, 0), (0, 0), (1, 0), (0, 1))
+    first, again, *others = (speed.make_rows(SMALL, 100, *place) for place in places)
+    assert first == again not in others
+    assert others[0] != others[1]
     assert np.shape(first) == (2, 8)
 
 
@@ -46,7 +49,7 @@ def test_workers_take_the_students_step_on_the_rows(tmp_path):
         peer.close()
     assert row.contender == "persyn_jax, M = 2, gossip every step"
     assert len(row.all_tokens_per_second) == 2
-    expected = _mean_loss(model, speed.make_rows(SMALL, model.config.vocab_size, 0))
+    expected = _mean_loss(model, speed.make_rows(SMALL, model.config.vocab_size, 0, 0))
     assert row.first_loss == pytest.approx(expected, abs=1e-5)
 
 
@@ -65,28 +68,18 @@ def _mean_loss(model, rows) -> float:
     return float((np.log(np.exp(logits).sum(axis=2)) - chosen).mean())
 
 
-def test_ratios_are_gossip_against_none_and_one_worker_against_the_others():
-    rows = [
-        speed.Row(name, rate, memory, 0.0, [rate])
-        for name, rate, memory in (
-            ("a", 90.0, 3.0),
-            ("b", 80.0, 6.0),
-            ("c", 60.0, 6.6),
-            ("t", 45.0, 4.0),
-        )
-    ]
-    assert [
-        (r.contender, r.reference, r.speed, round(r.memory, 3)) for r in speed.ratios(rows)
-    ] == [
-        ("c", "b", 0.75, 1.1),
-        ("a", "t", 2.0, 0.75),
-    ]
+def test_a_ratio_is_ours_over_theirs():
+    mine, theirs = (speed.Row(*row, 0.0, []) for row in (("a", 90.0, 3.0), ("t", 45.0, 4.0)))
+    assert speed.ratio(mine, theirs) == speed.Ratio("a", "t", 2.0, 0.75)
 
 
-def test_peers_are_compared_by_medians_without_the_first_turn():
+def test_the_first_turn_and_each_turns_first_step_do_not_count():
+    """Step n of the peer took n seconds: of three turns of three steps, 4 to 5 and 7 to 8 count."""
     peer = Peer("fixed", [sys.executable, "-c", PEER])
+    config = dataclasses.replace(SMALL, steps=3)
     try:
-        (row,) = speed.measure(SMALL, 100, [peer])
+        (row,) = speed.measure(config, 100, [peer])
     finally:
         peer.close()
-    assert row == speed.Row("fixed", 6.0, 2, 0, [6.0, 6.0])
+    rates = [12 / 9, 12 / 15]
+    assert row == speed.Row("fixed", pytest.approx(sum(rates) / 2), 8, 0, rates)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from persyn_jax import gossip
 from persyn_jax.gossip import Exchange, MixingTransformation, Schedule, bank_of
 from persyn_jax.gossip.contrib import d2
+from persyn_jax.gossip.rules import is_finite
 from persyn_jax.mesh import WORKER
 
 ROUNDS, SLOTS, DIMENSION = 50, 2, 5
@@ -174,3 +175,15 @@ def test_fifty_rounds_agree_with_the_papers(name, workers, mode, dtype, seed, po
             atol=tolerance * max(1, np.abs(expected_T).max()),
             err_msg=key,
         )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+def test_one_bad_number_among_many_is_found(poison, dtype):
+    """As many as XLA reduces in another way than a few."""
+    exchange = Exchange(gossip.gosgd_schedule(1, 1, 1.0, 0).bank, WORKER)
+    found = jax.jit(lambda updates: is_finite(updates, exchange))
+    large = np.random.default_rng(0).uniform(-3e38, 3e38, (137, 129)).astype(dtype)
+    assert found({"kernel": large, "bias": large[0]})
+    large[100, 77] = poison
+    assert not found({"kernel": large, "bias": large[0]})

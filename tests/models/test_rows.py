@@ -4,6 +4,7 @@ import functools
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpy_llama
 import pytest
@@ -126,19 +127,49 @@ def test_the_pooled_state_is_the_last_real_tokens_whatever_stands_behind_it(prom
 
 
 def test_chunks_of_tokens_change_nothing_but_rounding(monkeypatch):
-    rng = np.random.default_rng(0)
-    long = [[Conversation(tuple(rng.integers(0, 30, 4)), tuple(rng.integers(0, 30, 150)))]] * 2
-    packed = rows.pack(long, 160, 150)  # three chunks, the last not full
-
-    def total(params):
-        return rows.response_log_likelihoods(CONFIG, params, packed).sum()
+    packed = long_rows(150, 150)  # three chunks, the last not full
 
     def computed():
         values = jax.jit(lambda: rows.response_log_likelihoods(CONFIG, PARAMS, packed))()
-        return np.asarray(values), jax.jit(jax.grad(total))(PARAMS)
+        return np.asarray(values), jax.jit(jax.grad(summed))(PARAMS, packed)
 
     in_chunks, its_gradient = computed()
     monkeypatch.setattr(rows, "CHUNK", 1000)
     whole, expected_gradient = computed()
     np.testing.assert_allclose(in_chunks, whole, rtol=1e-6)
     chex.assert_trees_all_close(its_gradient, expected_gradient, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("lengths", [(1, 3), (rows.CHUNK, 20), (rows.CHUNK + 1, 70), (150, 0)])
+def test_the_sum_and_its_gradient_are_those_of_the_log_likelihoods(lengths):
+    packed = long_rows(*lengths)
+    weights_BR = packed.weights * np.linspace(0.5, 2, packed.weights.size).reshape(2, -1)
+    packed = packed._replace(weights=weights_BR.astype(np.float32))
+
+    def taken(function):
+        """Value and gradient of -3 log(-sum): the cotangent of the sum is not 1."""
+
+        def loss(params, weights):
+            return -3 * jnp.log(-function(params, packed._replace(weights=weights)))
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(PARAMS, packed.weights)
+
+    value, gradient = taken(functools.partial(rows.response_log_likelihood_sum, CONFIG))
+    expected, expected_gradient = taken(summed)
+    assert value == expected
+    chex.assert_trees_all_close(gradient, expected_gradient, atol=1e-6, rtol=1e-4)
+
+
+def summed(params, packed):
+    return (rows.response_log_likelihoods(CONFIG, params, packed) * packed.weights).sum()
+
+
+def long_rows(*lengths: int) -> rows.Rows:
+    """A conversation a row with so many response tokens."""
+    rng = np.random.default_rng(0)
+
+    def conversation(length: int) -> Conversation:
+        return Conversation(tuple(rng.integers(0, 30, 4)), tuple(rng.integers(0, 30, length)))
+
+    most = max(lengths)
+    return rows.pack([[conversation(length)] for length in lengths], most + 10, most)

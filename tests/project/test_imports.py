@@ -43,6 +43,7 @@ BESIDE = {
 MAY_IMPORT_FLAX = {"models", "tests"}
 # Scripts for a Python of its own, which has what they compare us with. Nothing imports them.
 STANDS_ALONE = {
+    Path(PACKAGE, "bench", "llama_cpp_peer.py"),
     Path(PACKAGE, "bench", "transformers_peer.py"),
     Path("tests", "models", "parity", "record_parity.py"),
     Path("tests", "models", "reward_models", "record_rewards.py"),

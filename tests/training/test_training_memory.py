@@ -76,6 +76,24 @@ CASES = {
     ),
     "bfloat16": (SMALL, dataclasses.replace(ROWS, compute_dtype="bfloat16")),
     "adapters": (SMALL, dataclasses.replace(ROWS, lora=LoraConfig())),
+    "adapters, a large head": (
+        dataclasses.replace(SMALL, vocab_size=65536),
+        dataclasses.replace(ROWS, row_response_tokens=150, lora=LoraConfig(), recompute="layers"),
+    ),
+    "a large head, all at once": (
+        dataclasses.replace(SMALL, vocab_size=65536),
+        dataclasses.replace(
+            ROWS,
+            row_response_tokens=150,
+            recompute="layers",
+            compute_dtype="bfloat16",
+            accumulate=2,
+        ),
+    ),
+    "a large head": (
+        dataclasses.replace(SMALL, vocab_size=65536),
+        dataclasses.replace(ROWS, row_response_tokens=150, recompute="layers"),
+    ),
     "recomputing": (SMALL, dataclasses.replace(ROWS, recompute="layers")),
     "the update decides": (
         SMALL,
@@ -86,8 +104,8 @@ CASES = {
 
 @pytest.mark.parametrize(("model", "config"), CASES.values(), ids=CASES)
 def test_the_estimate_is_within_a_fifth(model, config):
-    """Newer JAX needs less, and then it says up to a third too much, but still not too little."""
-    most = 1.2 if jax.__version_info__ < (0, 11) else 1.35
+    """Newer JAX needs less for a tiny model, and then it says up to a third too much."""
+    most = 1.2 if jax.__version_info__ < (0, 11) or model != RANDOM_TINY else 1.35
     found = estimate_training_memory(model, config, "cpu").total
     assert 0.8 < found / measured(model, config) < most
 

@@ -85,6 +85,14 @@ def assert_same_metrics(found, expected, rtol):
             np.testing.assert_allclose(a, b, rtol=rtol)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def short_chunks():
+    """Several chunks of response tokens on every chip, the last not full."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows, "CHUNK", 5)
+        yield
+
+
 @pytest.fixture(scope="module")
 def whole():
     """Two workers on a device each."""
