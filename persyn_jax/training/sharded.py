@@ -257,8 +257,6 @@ def make_sharded_step(
         at = jax.vmap(mixing.evaluate_at)(state.params, state.mix_state)
         (loss_W, weight_W), gradients = gradients_of(at, batch, *frozen)
         updates, opt_state = jax.vmap(optimiser.update)(gradients, state.opt_state, at)
-        # Else XLA makes them twice: for the look whether they are finite, and to be added.
-        updates = jax.lax.optimization_barrier(updates)
         params, mix_state = mix(updates, state.mix_state, state.params, round)
         norm_W = jax.vmap(optax.tree.norm)(gradients)
         return TrainState(params, opt_state, mix_state), StepMetrics(loss_W, weight_W, norm_W)

@@ -80,8 +80,6 @@ def make_train_step(
         at = mixing.evaluate_at(state.params, state.mix_state)
         (loss, weight), gradients = gradient_of(at, batch, *frozen)
         updates, opt_state = optimiser.update(gradients, state.opt_state, at)
-        # Else XLA makes them twice: for the look whether they are finite, and to be added.
-        updates = jax.lax.optimization_barrier(updates)
         params, mix_state = mixing.update(updates, state.mix_state, state.params, round)
         metrics = StepMetrics(loss, weight, optax.tree.norm(gradients))
         return TrainState(params, opt_state, mix_state), metrics
