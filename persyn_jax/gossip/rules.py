@@ -249,7 +249,7 @@ def local_step(
     An update that is not finite is dropped whole, and so is that of a worker that does not step.
     """
     # Else XLA makes them twice: for the look whether they are finite, and to be added.
-    updates = lax.optimization_barrier(updates)
+    updates = jax.tree.map(lax.optimization_barrier, updates)
     ok = is_finite(updates, exchange)
     steps = ok & mine(round.steps_W, exchange)
     updates = jax.tree.map(lambda leaf: jnp.where(steps, leaf, 0), updates)
