@@ -60,9 +60,10 @@ def main() -> None:
 
         def compare(commands: dict[str, list[str]]) -> list[speed.Row]:
             with contextlib.ExitStack() as running:
-                peers = [Peer(name, words) for name, words in commands.items()]
-                for peer in peers:
-                    running.callback(peer.close)
+                peers = []
+                for named in commands.items():
+                    peers.append(Peer(*named))
+                    running.callback(peers[-1].close)
                 rows = list(speed.measure(loaded, vocab_size, peers))
             for row in rows:
                 print(

@@ -248,7 +248,8 @@ def local_step(
 
     An update that is not finite is dropped whole, and so is that of a worker that does not step.
     """
-    # Else XLA makes them twice: for the look whether they are finite, and to be added.
+    # Else XLA makes them twice: for the look whether they are finite, and to be added. A barrier
+    # around all leaves would make them vary alike over a worker's chips (JAX 0.10).
     updates = jax.tree.map(lax.optimization_barrier, updates)
     ok = is_finite(updates, exchange)
     steps = ok & mine(round.steps_W, exchange)

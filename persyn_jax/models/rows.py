@@ -114,7 +114,8 @@ def response_log_likelihood_sum(
 ) -> jax.Array:
     """The sum of `response_log_likelihoods` times their weights, float32 []: what a loss wants.
 
-    Its gradient needs each logit once: see `_weighted_sum`.
+    Here weights may be any numbers, 0 where nothing counts. The gradient needs each logit once: see
+    `_weighted_sum`.
     """
     hidden_BRD, kernel_VD = _before_responses(config, params, rows, recompute, layout)
     varying = meshes.vary_alike((hidden_BRD, kernel_VD, rows.targets, rows.weights))
