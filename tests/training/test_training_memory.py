@@ -95,17 +95,21 @@ CASES = {
         dataclasses.replace(ROWS, row_response_tokens=150, recompute="layers"),
     ),
     "recomputing": (SMALL, dataclasses.replace(ROWS, recompute="layers")),
-    "the update decides": (
-        SMALL,
-        dataclasses.replace(SHORT, optimiser=OptimiserConfig(name="adafactor")),
-    ),
+    **{
+        f"the update decides, {name}, {vocabulary}": (
+            dataclasses.replace(SMALL, vocab_size=vocabulary),
+            dataclasses.replace(SHORT, optimiser=OptimiserConfig(name=name), recompute="layers"),
+        )
+        for name, vocabulary in [("adamw", 65536), ("sgd", 16384), ("adafactor", 65536)]
+    },
 }
 
 
 @pytest.mark.parametrize(("model", "config"), CASES.values(), ids=CASES)
 def test_the_estimate_is_within_a_fifth(model, config):
-    """Newer JAX needs less for a tiny model, and then it says up to a third too much."""
-    most = 1.2 if jax.__version_info__ < (0, 11) or model != RANDOM_TINY else 1.35
+    """Newer JAX needs less for a tiny model and for bfloat16: it says up to a third too much."""
+    needs_less = model == RANDOM_TINY or config.compute_dtype == "bfloat16"
+    most = 1.35 if jax.__version_info__ >= (0, 11) and needs_less else 1.2
     found = estimate_training_memory(model, config, "cpu").total
     assert 0.8 < found / measured(model, config) < most
 
