@@ -39,7 +39,7 @@ from persyn_jax.training.loop import (
     uniform_mean,
     watchdog,
 )
-from persyn_jax.training.meters import speed_row, time_exchange, timed, training_flops
+from persyn_jax.training.meters import Part, speed_row, time_exchange, timed, training_flops
 from persyn_jax.training.optimisers import make_optimiser
 from persyn_jax.training.profiling import profiled
 from persyn_jax.training.sharded import (
@@ -182,22 +182,25 @@ def train_student(
         profiled(c.profiled, profiles) as before_step,
     ):
         before_step(first)
+        saving: dict[Part, float] = {}  # of the checkpoint since the last row
         for taken in run_steps(step, state, batch_at, schedule, range(first, steps), mesh):
             done, last = taken.number + 1, taken.number == steps - 1
             row = _metrics_row(taken) | _exchange_row(taken, schedule, mesh)
             if last or taken.number % c.measure_every == 0:
                 row |= measure(taken.state)
                 row |= _contraction_row(row, predicted)
-            seconds = dict(taken.seconds)
-            stop = not last and stops()
-            if stop or (not last and done % c.checkpoint_every == 0):
-                with timed(seconds, "checkpoint"):
-                    checkpoint.save(done, taken.state, with_steps(segments, workers, done))
             tokens, responses = _tokens(examples, plan[taken.number])
             counts = tokens, responses, c.row_tokens
             flops = training_flops(student.config, *counts, tuning.adapters)
+            seconds = {**taken.seconds, **saving}
             speed = speed_row(seconds, tokens, flops, kind, mesh.size, exchange_seconds)
+            # Before the checkpoint: who goes on from there does not tell of this step again.
             on_metrics(row | {"tokens": tokens, "measured": speed})
+            saving = {}
+            stop = not last and stops()
+            if stop or (not last and done % c.checkpoint_every == 0):
+                with timed(saving, "checkpoint"):
+                    checkpoint.save(done, taken.state, with_steps(segments, workers, done))
             if stop:
                 checkpoint.finish()
                 raise KeyboardInterrupt

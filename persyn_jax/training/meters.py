@@ -16,7 +16,8 @@ from persyn_jax.models import decoder
 from persyn_jax.models.decoder import DecoderConfig
 
 Part = Literal["input", "compute", "checkpoint"]
-"""Of a step, as the host sees it. The exchange is inside `compute`: it is in the same program."""
+"""Of a step, as the host sees it. The exchange is inside `compute`: it is in the same program.
+`checkpoint` is of the one since the step before."""
 
 PEAK_FLOPS: dict[str, float] = {
     "TPU v4": 275e12,

@@ -1,5 +1,6 @@
 """From answers to training rows, and what the student's training refuses."""
 
+import contextlib
 import dataclasses
 
 import jax
@@ -15,6 +16,7 @@ from persyn_jax.pipeline.prompts import check_answers
 from persyn_jax.pipeline.tokens import conversations, prompt_tokens
 from persyn_jax.pipeline.train_student import StudentTraining, draw_answers, train_student
 from persyn_jax.records import Answer, Prompt
+from persyn_jax.training import checkpoint
 from persyn_jax.training.config import GossipConfig, TrainConfig
 
 
@@ -41,12 +43,14 @@ def test_too_few_answers_are_refused_before_the_model_is_loaded(tmp_path, count)
 TINY = ModelConfig(weights="random:tiny")
 
 
-def train(folder, **gossip_values) -> list[dict]:
-    """Rows of metrics of two workers that exchange in every step."""
+def train(folder, told: list[dict] | None = None, **gossip_values) -> list[dict]:
+    """Rows of metrics of two workers that exchange in every step; `told`: where they are put."""
     conversations = [Conversation((1, 2, i), (3, i)) for i in range(4, 17)]
-    training = TrainConfig(row_tokens=8, row_response_tokens=4, held_out=1, measure_every=2)
+    training = TrainConfig(
+        row_tokens=8, row_response_tokens=4, held_out=1, measure_every=2, checkpoint_every=2
+    )
     config = GossipConfig(workers=2, exchange_probability=1.0, **gossip_values)
-    rows: list[dict] = []
+    rows: list[dict] = [] if told is None else told
     train_student(
         lambda: weights.load(TINY),
         conversations,
@@ -90,6 +94,26 @@ def test_an_audited_run_stops_with_the_first_exchange_that_loses_mass(tmp_path, 
     monkeypatch.setattr(gossip, "gosgd", lossy)
     with pytest.raises(gossip.MassError, match="round 2 changed the mass"):
         train(tmp_path / "seen", audit=True)
+
+
+def test_a_step_is_told_of_before_the_checkpoint_after_it_is_written(tmp_path, monkeypatch):
+    """Else a run that is killed in between has no row of that step, and never gets one."""
+    told, saved, saver = [], [], checkpoint.saver
+
+    @contextlib.contextmanager
+    def watched(*arguments):
+        with saver(*arguments) as own:
+
+            def save(step, *rest):
+                saved.append((step, len(told)))
+                own.save(step, *rest)
+
+            yield own._replace(save=save)
+
+    monkeypatch.setattr("persyn_jax.pipeline.train_student.saver", watched)
+    train(tmp_path, told=told)
+    assert saved
+    assert all(step == rows for step, rows in saved)
 
 
 TOKENIZER = weights.load_tokenizer(TINY)
