@@ -156,7 +156,7 @@ def _lower(
     mixing, optimiser = program.rule(exchange), make_optimiser(config.optimiser, steps=1)
     trained, base = trained_shapes(model, config)
     loss, specs, frozen_specs = student_loss(model, config, trained, base, mesh)
-    step = make_sharded_step(loss, optimiser, mixing, mesh, specs, frozen_specs=frozen_specs)
+    step = make_sharded_step(loss, optimiser, mixing, mesh, specs, config.accumulate, frozen_specs)
     if program.is_unrolled:
         step = _unrolled(step, program.schedule)
 
@@ -198,12 +198,13 @@ def _delayed(rule: Rule) -> Rule:
 
 def _batch_shapes(program: Program, config: TrainConfig, mesh: Mesh) -> rows.Rows:
     """A batch of all workers (of each round, if they are unrolled): each chip along `fsdp` has
-    `training.rows` rows."""
+    `training.rows` rows, `training.accumulate` times."""
     count = config.rows * mesh.shape[meshes.FSDP]
     empty = rows.pack([[]] * count, config.row_tokens, config.row_response_tokens)
     rounds = (program.schedule.rounds,) if program.is_unrolled else ()
-    sharding = NamedSharding(mesh, batch_spec(mesh, leading=len(rounds)))
-    shape = (mesh.shape[meshes.WORKER], *rounds)
+    leading = (*rounds, config.accumulate) if config.accumulate > 1 else rounds
+    sharding = NamedSharding(mesh, batch_spec(mesh, leading=len(leading)))
+    shape = (mesh.shape[meshes.WORKER], *leading)
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((*shape, *leaf.shape), leaf.dtype, sharding=sharding),
         empty,

@@ -24,7 +24,7 @@ from persyn_jax.training.step import LossFunction
 _LOGIT_COPIES = 3  # logits, what is made of them, their gradient
 _HEAD_COPIES = 2  # of the head's gradient, which is there from the way forward on
 _SCORE_COPIES = 1.5  # the attention scores' gradient in one layer
-_UPDATE_COPIES = {"adamw": 4.1, "muon": 3.7, "sgd": 3.5, "adafactor": 1.6}  # of the parameters
+_UPDATE_COPIES = {"adamw": 1, "muon": 3, "sgd": 1, "adafactor": 1}  # of all, and the largest again
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def estimate_training_memory(
     """
     stored = "float32" if platform == "cpu" else config.compute_dtype  # a CPU widens bfloat16
     params, base = trained_shapes(model, config)
-    size = _bytes(params)
+    size, largest = _bytes(params), max(map(_bytes, jax.tree.leaves(params)))
     frozen = _bytes(base) * np.dtype(config.compute_dtype).itemsize // 4
     state = size + _bytes(jax.eval_shape(make_optimiser(config.optimiser, 1).init, params))
     kept = kept_bytes(model, config, config.recompute, stored)
@@ -73,7 +73,7 @@ def estimate_training_memory(
     working = max(
         kept + sums + _LOGIT_COPIES * logits + head_gradient,  # at the head
         kept + sums + size + layer,  # on the way back
-        sums + int(_UPDATE_COPIES[config.optimiser.name] * size),  # in the update
+        sums + _UPDATE_COPIES[config.optimiser.name] * size + largest,  # in the update
     )
     return TrainingMemory((state + frozen) // shards, kept // shards, working // shards)
 

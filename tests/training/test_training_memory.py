@@ -1,26 +1,17 @@
 """The memory estimate against what XLA lays out for the compiled step on the CPU."""
 
 import dataclasses
-import functools
 
 import jax
-import numpy as np
 import pytest
 
 from persyn_jax import gossip
-from persyn_jax import mesh as meshes
+from persyn_jax.bench.pod_programs import Program, compile_program
+from persyn_jax.mesh import make_mesh
 from persyn_jax.models.decoder import DecoderConfig
 from persyn_jax.models.weights import RANDOM_TINY
 from persyn_jax.training.config import LoraConfig, OptimiserConfig, TrainConfig
-from persyn_jax.training.losses import adapter_loss, response_loss
-from persyn_jax.training.memory import (
-    batch_shapes,
-    estimate_training_memory,
-    trained_shapes,
-)
-from persyn_jax.training.optimisers import make_optimiser
-from persyn_jax.training.precision import cast_loss
-from persyn_jax.training.step import init_state, make_train_step, on_mesh, placed_shapes
+from persyn_jax.training.memory import estimate_training_memory
 
 # 19 million parameters in layers and embeddings as wide as a 30M model's.
 SMALL = dataclasses.replace(
@@ -32,40 +23,9 @@ SHORT = TrainConfig(rows=1, row_tokens=64, row_response_tokens=16)
 
 def measured(model: DecoderConfig, config: TrainConfig) -> int:
     """Bytes of arguments and temporaries of one worker's real step, compiled from shapes."""
-    mesh = meshes.make_mesh(1)
-    schedule = gossip.gosgd_schedule(1, 2, 0.5, seed=0)
-    mixing = gossip.gosgd(gossip.Exchange(schedule.bank, meshes.WORKER))
-    optimiser = make_optimiser(config.optimiser, 10)
-    loss = response_loss if config.lora is None else adapter_loss
-    loss = functools.partial(loss, model, config.recompute)
-    loss = cast_loss(loss, config.compute_dtype)
-    train_step = make_train_step(loss, optimiser, mixing, config.accumulate)
-    trained, base = trained_shapes(model, config)
-    frozen = (base,) if base else ()
-    step = on_mesh(train_step, mesh, (0, 0, None, *(None for _ in frozen)), donate=True)
-
-    def start(_):
-        params = jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), trained)
-        return init_state(params, optimiser, mixing)
-
-    state = jax.eval_shape(jax.vmap(start), jax.ShapeDtypeStruct((1,), np.int32))
-    leading = (1,) if config.accumulate == 1 else (1, config.accumulate)
-    batch = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct((*leading, *leaf.shape), leaf.dtype), batch_shapes(config)
-    )
-    row, whole = meshes.per_worker(mesh), meshes.replicated(mesh)
-    round = jax.eval_shape(lambda row: row, schedule.round(0))
-    memory = (
-        step.lower(
-            placed_shapes(state, row),
-            placed_shapes(batch, row),
-            placed_shapes(round, whole),
-            *placed_shapes(frozen, whole),
-        )
-        .compile()
-        .memory_analysis()
-    )
-    return memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    program = Program("bank", gossip.gosgd, gossip.gosgd_schedule(1, 2, 0.5, seed=0))
+    compiled = compile_program(program, model, config, make_mesh(1))
+    return compiled.argument_bytes + compiled.temporary_bytes
 
 
 CASES = {
