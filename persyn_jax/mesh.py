@@ -150,7 +150,7 @@ def _gather_to_all(mesh: Mesh) -> jax.stages.Wrapped:
 
 
 def compiler_options(mesh: Mesh) -> dict[str, str]:
-    """What a train step is compiled with on the mesh: on CPU, for `jax.jit(compiler_options=...)`.
+    """What the student's train step is compiled with, for `jax.jit(compiler_options=...)`: on CPU.
 
     There XLA starts whatever can start, to keep all cores busy, and so the layers' gradients are
     there as zeros all the way forward. Matrix products fill the cores anyway: the order that needs

@@ -177,7 +177,7 @@ def mix(
     at all.
     """
     chex.assert_shape(gain_K, round.branch_K.shape)
-    if exchange.bank.workers == 1:  # without any of this a program holds one copy of them less
+    if exchange.bank.workers == 1 and scale is None:  # a program with less in it, and one copy less
         return params, jnp.zeros_like(gain_K).sum()
     leaves, structure = jax.tree.flatten(params)
     groups: dict[Any, list[int]] = {}

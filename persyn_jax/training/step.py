@@ -136,12 +136,7 @@ def on_mesh(
         in_specs=tuple(whole.spec if axis is None else row.spec for axis in in_axes),
         out_specs=row.spec,
     )
-    return jax.jit(
-        all_workers,
-        out_shardings=row,
-        donate_argnums=(0,) if donate else (),
-        compiler_options=meshes.compiler_options(mesh),
-    )
+    return jax.jit(all_workers, out_shardings=row, donate_argnums=(0,) if donate else ())
 
 
 def compiled_programs(function: jax.stages.Wrapped) -> int:
