@@ -273,3 +273,20 @@ def test_what_needs_no_rounding_arrives_as_it_is(dtype):
 )
 def test_bytes_on_the_wire(shape, dtype, expected):
     assert wire_bytes(shape, jnp.float32, dtype) == expected
+
+
+def test_a_lone_worker_keeps_what_it_has():
+    """Its schedule may ask for a mean of all and give a message to itself weight: nothing moves."""
+    schedule = gossip.gosgd_schedule(1, 4, 0.5, seed=0)
+    exchange, row = Exchange(schedule.bank, WORKER), schedule.round(0)
+    row = row._replace(average=np.array(True), weight_KW=np.full_like(row.weight_KW, 0.5))
+    tree_W = {name: make_tree(1)[name] for name in SHAPES}
+
+    def step(tree, row):
+        mean = gossip.average(tree, jnp.float32(1), jnp.bool_(True), row, exchange)
+        return mean, *mix(tree, jnp.full(row.branch_K.shape, 0.5), row, exchange)
+
+    mean_W, mixed_W, distance_W = on_a_device_each(step, 1)(tree_W, row)
+    chex.assert_trees_all_equal(mean_W, tree_W)
+    chex.assert_trees_all_equal(mixed_W, tree_W)
+    assert distance_W == 0
