@@ -3,11 +3,12 @@
     uv run scripts/router_study.py --config configs/quickstart.yaml
 
 With `router_study.backbones=[frozen,lora,full]` also which of these routers is best, and what it
-takes; those whose backbone learns take long.
+takes; those whose backbone learns take long. With `router_study.other_run=FOLDER`, a run of another
+student on the same answers, how this run's router serves that student.
 
 Needs the stages calibrate and score; nobody is asked. Prints tables and writes router_study.json
-into the run folder; --json FILE gets the same (keys: `study_router` and `compare_backbones` in
-persyn_jax/pipeline/router_study.py).
+into the run folder; --json FILE gets the same (keys: `study_router`, `compare_backbones` and
+`judge_transfer` in persyn_jax/pipeline/router_study.py).
 """
 
 from persyn_jax.huge_pages import ask_for_huge_pages

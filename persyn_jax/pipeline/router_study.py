@@ -1,5 +1,5 @@
 """The router study: what more calibration prompts, another loss, another teacher or a backbone that
-learns would change.
+learns would change, and how the router serves another student.
 
 It reads what the stages calibrate and score left in the run folder; nobody is asked. Every router
 is trained as the stage train_router trains one, on a frozen backbone unless backbones are compared,
@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
@@ -81,6 +82,9 @@ class RouterStudySection:
     backbones: list[BackboneTraining] = Field(default_factory=list)
     """What learns of the backbone (`router.train`): routers to compare, each with the first; none
     given: none. `lora` and `full` read the prompts in each step, which takes long."""
+    other_run: Path | None = None
+    """The folder of another student's run, with the same calibration prompts and teachers: this
+    run's router is judged by that student's rewards, too."""
 
 
 @config_class
@@ -91,9 +95,9 @@ class RouterStudyConfig(RunConfig):
 
 
 def study_run(config: RouterStudyConfig) -> dict[str, Any]:
-    """`study_router` of a run folder in which the stages calibrate and score are finished, and as
-    `backbones` what `compare_backbones` finds, if the section names any; the values are written
-    there, too, as router_study.json.
+    """`study_router` of a run folder in which the stages calibrate and score are finished; as
+    `backbones` what `compare_backbones` finds, and as `transfer` what `judge_transfer` does, if the
+    section names any. The values are written there, too, as router_study.json.
 
     Raises ConfigError as those, and when a stage is not finished or is with another config.
     """
@@ -112,6 +116,9 @@ def study_run(config: RouterStudyConfig) -> dict[str, Any]:
         found = study_router(prompts, rewards, state_ND, training, section, mesh)
         if section.backbones:
             found["backbones"] = compare_backbones(config, prompts, rewards, backbone, tokens, mesh)
+        if section.other_run is not None:
+            others = _rewards_of(section.other_run)
+            found["transfer"] = judge_transfer(prompts, rewards, others, state_ND, training, mesh)
         store.write_json(run.folder / RESULT, found)
     return found
 
@@ -268,6 +275,68 @@ def compare_backbones(
     return found
 
 
+def judge_transfer(
+    prompts: Sequence[Prompt],
+    rewards: Sequence[Reward],
+    others: Sequence[Reward],
+    state_ND: np.ndarray,
+    training: "RouterTraining",
+    mesh: "Mesh",
+) -> dict[str, Any]:
+    """A router that learned from one student's rewards, judged by another student's.
+
+    prompts, state_ND: as in `study_router`. rewards, others: of the student that the router learned
+    from, and of the one that it routes for. On the held-out prompts, by the other student's totals:
+
+        hit_at_1, regret           of this router
+        own_hit_at_1, own_regret   of one that learned from the other student's rewards
+        minus_own                  {mean, ci95: [low, high]} of the regret minus that of its own,
+                                   paired by prompt
+        best_constant              regret of the teacher that is best for the other student on the
+                                   prompts that were seen
+        agreement                  share of the prompts for which both choose the same teacher
+
+    Raises ConfigError: `others` lack a reward of some prompt and teacher, or as `study_router`.
+    """
+    from persyn_jax.pipeline.train_router import make_lessons
+
+    teachers = list(dict.fromkeys(reward.teacher for reward in rewards))
+    try:
+        lessons = [make_lessons(prompts, given, teachers, training) for given in (rewards, others)]
+    except ValueError as error:
+        raise ConfigError(f"router_study.other_run: {error}") from None
+    if any(np.isnan(one.total_NM).any() for one in lessons):
+        raise ConfigError("the router study needs the rewards of all teachers to every prompt")
+    seen_N, held_out_N = lessons[1].seen_N, lessons[1].held_out_N
+    with progress("router study: students", len(lessons)) as advance:
+        fit = _make_fit(len(teachers), training, mesh, advance)
+        this_NM, own_NM = (
+            fit(state_ND[seen_N], one.preferences)(state_ND[held_out_N]) for one in lessons
+        )
+    total_NM = lessons[1].total_NM
+    this_N, own_N = route_by_router(this_NM), route_by_router(own_NM)
+    constant_N = np.full(len(held_out_N), best_constant(total_NM[seen_N]))
+    total_NM = total_NM[held_out_N]
+    regret_N, own_regret_N = regrets(total_NM, this_N), regrets(total_NM, own_N)
+    return {
+        "hit_at_1": hit_at_k(total_NM, this_NM, 1),
+        "regret": float(regret_N.mean()),
+        "own_hit_at_1": hit_at_k(total_NM, own_NM, 1),
+        "own_regret": float(own_regret_N.mean()),
+        "minus_own": _difference(regret_N, own_regret_N),
+        "best_constant": mean_regret(total_NM, constant_N),
+        "agreement": float((this_N == own_N).mean()),
+    }
+
+
+def _rewards_of(run_folder: Path) -> list[Reward]:
+    if not (run_folder / REWARDS).is_file():
+        raise ConfigError(
+            f"router_study.other_run {run_folder}: there is no {REWARDS}; its stage score writes it"
+        )
+    return store.read_records(run_folder / REWARDS, Reward)
+
+
 def _make_fit(
     teachers: int, training: "RouterTraining", mesh: "Mesh", advance: Callable[[], None]
 ) -> Fit:
@@ -382,6 +451,7 @@ def study_lines(found: dict[str, Any]) -> list[str]:
         "",
         *_table(added["mean"]),
         *_backbone_lines(found.get("backbones", [])),
+        *_transfer_lines(found.get("transfer")),
     ]
 
 
@@ -391,6 +461,13 @@ def _backbone_lines(found: Sequence[dict[str, Any]]) -> list[str]:
     title = f"What learns of the backbone; regret minus that of {found[0]['train']}:"
     rows = [one | {"minus_first": _shown_difference(one["minus_first"])} for one in found]
     return ["", title, "", *_table(rows)]
+
+
+def _transfer_lines(found: dict[str, Any] | None) -> list[str]:
+    if found is None:
+        return []
+    title = "This run's router for the other student; regret minus that of the student's own:"
+    return ["", title, "", *_table([found | {"minus_own": _shown_difference(found["minus_own"])}])]
 
 
 def _shown_difference(difference: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from persyn_jax.pipeline.router_study import (
     RouterStudyConfig,
     RouterStudySection,
     compare_backbones,
+    judge_transfer,
     study_lines,
     study_router,
     study_run,
@@ -197,6 +198,42 @@ def test_the_comparison_is_a_table(found, compared):
     assert full[1] == str(compared[2]["trained_parameters"])
 
 
+def transfer(total_NM, other_NM, state_ND):
+    prompts = [make_prompt(n) for n in range(len(total_NM))]
+    rewards, others = make_rewards(total_NM), make_rewards(other_NM)
+    return judge_transfer(prompts, rewards, others, state_ND, training(), make_mesh(1))
+
+
+def test_a_student_with_the_same_rewards_is_served_as_well_as_by_its_own_router(world, found):
+    total_NM, state_ND = world
+    judged = transfer(total_NM, total_NM, state_ND)
+    assert judged["agreement"] == 1
+    assert judged["minus_own"] == {"mean": 0, "ci95": [0, 0]}
+    assert judged["regret"] == judged["own_regret"] == found["losses"]["ties_dropped"]["regret"]
+    assert judged["best_constant"] == found["regret"]["best_constant"]
+
+
+def test_a_student_for_whom_the_worst_teacher_is_best_is_served_badly(world, found):
+    """Its router turns all coefficients around; this one's then takes the worst teacher."""
+    total_NM, state_ND = world
+    judged = transfer(total_NM, -total_NM, state_ND)
+    assert judged["agreement"] < 0.1
+    assert judged["own_hit_at_1"] > 0.6 > 0.1 > judged["hit_at_1"]
+    assert judged["minus_own"]["ci95"][0] > 0
+    assert judged["own_regret"] < judged["best_constant"] < judged["regret"]
+    *_, heads, _, row = study_lines(found | {"transfer": judged})
+    cells = dict(zip(heads.split(" | "), row.split(" | "), strict=True))
+    assert cells["own_regret"] == f"{judged['own_regret']:.4f}"
+
+
+def test_another_run_must_have_rewards_of_the_same_prompts(world, tmp_path):
+    total_NM, state_ND = world
+    prompts = [make_prompt(n) for n in range(len(total_NM))]
+    fewer = make_rewards(total_NM)[:-1]
+    with pytest.raises(ConfigError, match=r"router_study.other_run: .*p299.*cy"):
+        judge_transfer(prompts, make_rewards(total_NM), fewer, state_ND, training(), make_mesh(1))
+
+
 def test_a_run_that_is_not_there_is_one_line_and_stays_away(tmp_path):
     values = to_values(small_config(f"run.folder={tmp_path}"))
     config = validate(RouterStudyConfig, values, where="study")
@@ -210,7 +247,10 @@ def test_the_script_studies_a_finished_run_and_asks_nobody(finished_run, tmp_pat
     place = Place(tmp_path / "copy", finished_run.place.cache)
     shutil.copytree(finished_run.place.folder, place.folder)
     before = snapshot(place.folder)
-    words = "router_study.draws=1", "router_study.backbones=[frozen, full]"
+    words = [
+        *("router_study.draws=1", "router_study.backbones=[frozen, full]"),
+        "router_study.other_run=runs/smoke",
+    ]
     ended = place.finish("router_study.py", "--json", "study.json", *words)
     assert ended.code == 0, ended.stderr
     found = json.loads((place.folder / "study.json").read_text())
@@ -222,6 +262,7 @@ def test_the_script_studies_a_finished_run_and_asks_nobody(finished_run, tmp_pat
     frozen, full = found["backbones"]
     assert frozen["regret"] == pytest.approx(summary["regret"]["router"])
     assert full["trained_parameters"] > frozen["trained_parameters"]
+    assert found["transfer"]["regret"] == found["transfer"]["own_regret"] == frozen["regret"]
     assert "2 workers read 16 prompts in each of 20 steps, else 12 in all" in ended.stderr
     assert "Learning curve:" in ended.stdout
     new = snapshot(place.folder).keys() - before.keys()
@@ -230,3 +271,6 @@ def test_the_script_studies_a_finished_run_and_asks_nobody(finished_run, tmp_pat
     other = place.finish("router_study.py", "rewards.alpha=0.9")
     assert other.code == 2
     assert "stage score is finished, but config rewards.alpha changed" in other.error
+    other = place.finish("router_study.py", "router_study.other_run=runs/none")
+    assert other.code == 2
+    assert "router_study.other_run runs/none: there is no rewards.parquet" in other.error
