@@ -24,11 +24,9 @@ def main() -> None:
     loaded = config.load(RunConfig, arguments.config, arguments.overrides)
     if arguments.dry_run:
         from persyn_jax.pipeline.estimate import estimate_lines
-        from persyn_jax.pipeline.prompts import examined, make_prompts
+        from persyn_jax.pipeline.prompts import make_prompts
 
-        prompts = make_prompts(loaded)
-        examined(prompts)
-        print("\n".join(estimate_lines(loaded, prompts)))
+        print("\n".join(estimate_lines(loaded, make_prompts(loaded))))
         return
     from persyn_jax.pipeline.run import open_run, run_stage
     from persyn_jax.pipeline.stages import STAGES

@@ -120,10 +120,13 @@ def estimate_lines(config: RunConfig, prompts: Sequence[Prompt]) -> list[str]:
     """The estimate as a person reads it."""
     e = estimate(config, prompts)
     counts = ", ".join(f"{count} {split}" for split, count in e.prompts.items())
+    is_scored = any(prompt.split == "eval" and prompt.answer is not None for prompt in prompts)
+    end = "the report" if is_scored else "train_student: no eval prompt has a reference answer"
     return [
         f"run folder           {config.run_folder}",
         f"prompts              {counts}",
         f"teachers             {', '.join(teacher.name for teacher in config.teachers)}",
+        f"stages               up to {end}",
         f"answers to generate  {e.answers_generated} (every teacher on every prompt: "
         f"{e.answers_generate_then_select})",
         *(f"tokens {stage:<14}{tokens:>7,}" for stage, tokens in e.tokens.items()),

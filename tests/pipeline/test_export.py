@@ -100,10 +100,13 @@ def test_a_changed_file_of_answers_is_a_changed_input(own_run, script):
     assert f"input {path} changed" in ended.error
 
 
-def test_the_whole_run_and_its_evaluation_want_eval_prompts(script):
-    complaint = "no eval prompt has a reference answer to score the student by"
-    assert complaint in script("run_persyn.py", "--dry-run").error
+def test_the_whole_run_wants_eval_prompts_but_says_what_it_costs_without(script):
+    complaint = "no eval prompt has a reference answer"
     assert complaint in script("run_persyn.py", "run.name=other").error
+    ended = script("run_persyn.py", "--dry-run")
+    assert ended.code == 0
+    assert f"stages               up to train_student: {complaint}" in ended.stdout
+    assert "tokens in all" in ended.stdout
 
 
 def test_every_usable_answer_is_a_row_with_its_provenance(own_run):

@@ -219,6 +219,7 @@ def test_a_dry_run_counts_and_leaves_no_trace(script, tmp_path):
     assert f"{2 + 2 + 2 * 2} (every teacher on every prompt: {(2 + 2) * 3})" in ended.stdout
     for stage in ("calibrate", "score", "generate", "train_student", "evaluate"):
         assert f"tokens {stage}" in ended.stdout
+    assert "up to the report" in ended.stdout
     assert "GB" in ended.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.jsonl"]
 
