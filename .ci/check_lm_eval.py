@@ -5,16 +5,22 @@ python .ci/check_lm_eval.py --lm-eval PATH    PATH is the `lm_eval` command of a
 
 The service serves the tiny random model. Log-likelihoods through `local-completions` must equal
 in-process scoring, and answers through `local-chat-completions` those that a plain request gets.
+The task files of this project are run on rows of its own, against an endpoint that says what a
+question tells it to: the scores are known.
 """
 
 import argparse
+import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import urllib.request
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +32,9 @@ from persyn_jax.sampling.config import EngineConfig, ServiceConfig
 from persyn_jax.sampling.process import running_service
 from persyn_jax.sampling.scoring import mean_log_likelihoods
 
-TASKS = Path(__file__).parents[1] / "tests" / "sampling" / "lm_eval_client"
+ROOT = Path(__file__).parents[1]
+TASKS = ROOT / "tests" / "sampling" / "lm_eval_client"
+OWN_TASKS = ROOT / "persyn_jax" / "evaluation" / "tasks"
 MODEL = ModelConfig(weights="random:tiny")
 CACHE_LENGTH = 256
 TOLERANCE = 1e-4  # nats, of a whole answer
@@ -35,17 +43,32 @@ SERVICE = ServiceConfig(
     name="tiny",
     engine=EngineConfig(slots=4, cache_length=CACHE_LENGTH, prefill_rows=4, prefix_blocks=32),
 )
+# task -> (what an answer says, the reference, the column of the score, the score)
+SCORED = {
+    "svamp_local": [
+        ("3 and 2 make 5.", "5.0", "exact_match", 1.0),
+        ("It is $1,200", "1200", "exact_match", 1.0),
+        ("12, or rather 13", "12", "exact_match", 0.0),
+        ("none", "0", "exact_match", 0.0),
+    ],
+    "livebench_local": [
+        ("So: **yes, no, yes**", "yes, no, yes", "score", 1.0),
+        ("**yes, yes, yes**", "yes, no, yes", "score", 0.0),
+    ],
+}
 
 
-def run_lm_eval(command: Path, task: str, model: str, arguments: str, *more: str) -> list[dict]:
-    """The logged samples of one task; lm-eval sees no model hub and keeps nothing."""
+def run_lm_eval(
+    command: Path, task: str, model: str, arguments: str, *more: str, tasks: Path = TASKS
+) -> list[dict]:
+    """The logged samples of one of the `tasks`; lm-eval sees no model hub and keeps nothing."""
     with tempfile.TemporaryDirectory() as folder:
         found = subprocess.run(
             [
                 *(command, "--model", model, "--model_args", arguments, "--tasks", task),
-                *("--include_path", TASKS, "--log_samples", "--output_path", folder, *more),
+                *("--include_path", tasks, "--log_samples", "--output_path", folder, *more),
             ],
-            cwd=TASKS,
+            cwd=tasks,
             env=os.environ
             | {"HF_HUB_OFFLINE": "1", "HF_HOME": f"{folder}/home", "NO_PROXY": "127.0.0.1"},
             capture_output=True,
@@ -138,6 +161,64 @@ def check_chat(command: Path, base_url: str) -> str:
     return f"{len(samples)} chat answers, {len(texts)} different, {stopped} ended by a stop text"
 
 
+class Echo(BaseHTTPRequestHandler):
+    """A chat completion of what stands between << and >> in the last message."""
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        said = body["messages"][-1]["content"].partition("<<")[2].partition(">>")[0]
+        choice = {"index": 0, "message": {"role": "assistant", "content": said}}
+        reply = json.dumps({"choices": [choice | {"finish_reason": "stop"}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(reply)))
+        self.end_headers()
+        self.wfile.write(reply)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def echo() -> Iterator[str]:
+    """The base URL of an `Echo`."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Echo) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+        server.shutdown()
+
+
+def check_own_tasks(command: Path) -> str:
+    """One line on what was scored. Raises AssertionError."""
+    with tempfile.TemporaryDirectory() as place, echo() as base_url:
+        tasks = Path(place) / "tasks"
+        shutil.copytree(OWN_TASKS, tasks)
+        for task, rows in SCORED.items():
+            lines = [
+                {
+                    **{"Body": f"Say <<{said}>>.", "Question": "What?", "Answer": reference},
+                    **{"task": "web_of_lies_v2", "turns": [f"Say <<{said}>>."]},
+                    "ground_truth": reference,
+                }
+                for said, reference, _, _ in rows
+            ]
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            (tasks / f"{task}.jsonl").write_text(text, "utf-8")
+            samples = run_lm_eval(
+                command,
+                task,
+                "local-chat-completions",
+                f"model=echo,base_url={base_url}/chat/completions",
+                "--apply_chat_template",
+                tasks=tasks,
+            )
+            found = {sample["doc_id"]: sample for sample in samples}
+            for number, (said, reference, column, score) in enumerate(rows):
+                got = found[number][column]
+                assert got == score, f"{task}: {said!r} for {reference!r} scored {got}, not {score}"
+    return f"tasks of its own: {', '.join(SCORED)}, scored as they say"
+
+
 def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
     request = urllib.request.Request(
         url, json.dumps(body).encode(), {"Content-Type": "application/json"}
@@ -152,11 +233,16 @@ def main() -> int:
     command = parser.parse_args().lm_eval.absolute()
     meshes.start_platform("cpu", host_devices=1)
     with running_service(SERVICE, "cpu") as base_url:
-        for check in (check_log_likelihoods, check_chat):
+        checks = {
+            "check_log_likelihoods": lambda: check_log_likelihoods(command, base_url),
+            "check_chat": lambda: check_chat(command, base_url),
+            "check_own_tasks": lambda: check_own_tasks(command),
+        }
+        for name, check in checks.items():
             try:
-                print(check(command, base_url))
+                print(check())
             except AssertionError as error:
-                print(f"{check.__name__}: {error}", file=sys.stderr)
+                print(f"{name}: {error}", file=sys.stderr)
                 return 1
     return 0
 

@@ -129,6 +129,16 @@ def test_without_ties_both_losses_are_nearly_one_and_the_tables_say_so(found):
     assert f"| 150 | {found['learning_curve'][1]['pairs']:.4f} |" in "\n".join(lines)
 
 
+def test_where_many_answers_are_equal_a_loss_with_ties_makes_a_less_sure_router(world):
+    """Judged by comparisons that are no ties, which the other loss learns from alone."""
+    total_NM, state_ND = world
+    found = study((total_NM > np.median(total_NM)).astype(float), state_ND)
+    assert 0.3 < found["tied_share"] < 0.8
+    dropped, half = found["losses"]["ties_dropped"], found["losses"]["ties_half"]
+    assert half["log_loss"] > dropped["log_loss"] + 0.05
+    assert max(dropped["regret"], half["regret"]) < found["regret"]["best_constant"]
+
+
 def test_tied_share_by_hand():
     assert tied_share(np.array([[1.0, 1.0, 2.0], [3.0, 3.0, 3.0]])) == pytest.approx(4 / 6)
     assert tied_share(np.array([[1.0, 2.0]])) == 0
