@@ -1,11 +1,22 @@
 """LiveBench's rules on answers scored by hand, from the wording of its questions."""
 
+import functools
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from persyn_jax.evaluation.tasks import FOLDER
-from persyn_jax.evaluation.tasks.livebench_scoring import SCORERS, process_results, scored_questions
+from persyn_jax.evaluation.tasks.livebench_scoring import (
+    SCORERS,
+    _edits,
+    process_results,
+    scored_questions,
+)
 
 FOUR_GROUPS = "a, b, c, d, e, f, g, h"
+PLOT = "He wakes. He eats. He runs."
+JOIN = "{'a': 'x', 'b': 'y'}"
 
 
 @pytest.mark.parametrize(
@@ -31,6 +42,21 @@ FOUR_GROUPS = "a, b, c, d, e, f, g, h"
         ("connections", "<solution>a, b, c, e, d, f, g, h</solution>", FOUR_GROUPS, 0),
         ("typos", "Here:\nThe cat\nsat.", "The cat sat.", 1),
         ("typos", "The cat sat", "The cat sat.", 0),
+        ("olympiad", "Hence\nAnswer: 3, 1, 2", "3,1,2", 1),
+        ("olympiad", "**Answer:** 3, 1, 2.", "3,1,2", 1),
+        ("olympiad", "Answer: 3, 2", "3,1,2", 2 / 3),
+        ("olympiad", "3, two, 2", "3,1,2", 2 / 3),
+        ("olympiad", r"\boxed{3, 1, 2, 4}", "3,1,2", 3 / 4),
+        ("plot_unscrambling", "<PLOT_SUMMARY>He wakes. He eats. He runs.", PLOT, 1),
+        ("plot_unscrambling", "Wrong. <PLOT_SUMMARY>He runs. He wakes. He eats.", PLOT, 1 / 3),
+        ("plot_unscrambling", "", PLOT, 0),
+        ("tablejoin", "Thus:\n```python\n{'a': 'x',\n 'b': 'y'}\n```", JOIN, 1),
+        ("tablejoin", "{'a': 'x'}", JOIN, 0.67),
+        ("tablejoin", "{'a': 'x', 'b': 'z', 'c': 'y'}", JOIN, 0.4),
+        ("tablejoin", r"\boxed{{'a': 'x', 'b': 'y'}}", JOIN, 1),
+        ("tablejoin", "['a', 'x']", JOIN, 0),
+        ("tablejoin", "{['a']: 'x'}", JOIN, 0),
+        ("olympiad", "9" * 5000, "3,1,2", 0),
         ("cta", "  Country Name. ", "country name", 1),
         ("cta", "It is country name", "country name", 0),
     ],
@@ -40,10 +66,24 @@ def test_score(task, text, truth, score):
     assert process_results(doc, [text])["score"] == pytest.approx(score)
 
 
-@pytest.mark.parametrize("task", SCORERS)
+# Whatever it says, a plot has sentences that are nearest to the reference's.
+@pytest.mark.parametrize("task", [task for task in SCORERS if task != "plot_unscrambling"])
 @pytest.mark.parametrize("text", ["", "\n", "\\boxed{", "**", "<solution></solution>"])
 def test_an_empty_or_broken_answer_scores_0(task, text):
-    assert SCORERS[task](text, "073" if task == "math_comp" else "yes, no, unknown") == 0
+    truth = {"math_comp": "073", "olympiad": "3,1,2", "tablejoin": JOIN}
+    assert SCORERS[task](text, truth.get(task, "yes, no, unknown")) == 0
+
+
+@given(st.lists(st.integers(0, 9)), st.lists(st.integers(0, 9)))
+def test_the_edit_distance_is_that_of_its_recursion(some, others):
+    @functools.cache
+    def edits(i, j):
+        if not (i and j):
+            return i + j
+        same = some[i - 1] == others[j - 1]
+        return min(edits(i - 1, j) + 1, edits(i, j - 1) + 1, edits(i - 1, j - 1) + (not same))
+
+    assert _edits(some, others) == edits(len(some), len(others))
 
 
 def test_what_no_rule_scores_or_was_withdrawn_is_left_out():

@@ -1,18 +1,20 @@
 """LiveBench's answers scored by rule, where an objective answer can be compared with little code.
 
 Scored, by LiveBench's own rules as far as the answer is given in the form that the question asks
-for: `web_of_lies_v2`, `web_of_lies_v3`, `zebra_puzzle`, `spatial`, `math_comp`, `connections`,
-`typos`, `cta`.
+for: `web_of_lies_v2`, `web_of_lies_v3`, `zebra_puzzle`, `spatial`, `math_comp`, `olympiad`,
+`connections`, `typos`, `plot_unscrambling`, `cta`, `tablejoin`.
 
 Left out: `coding` (runs the answer's programs), `instruction_following` (use `ifeval`), `AMPS_Hard`
-(needs a computer algebra system), `olympiad`, `plot_unscrambling`, `tablejoin`, `tablereformat`
-(long parsers of their own), and questions that LiveBench has withdrawn.
+(needs a computer algebra system), `tablereformat` (a parser for each format), newer tasks, and
+questions that LiveBench has withdrawn.
 
 lm-eval loads this file by its path, so it imports the standard library alone.
 """
 
+import ast
+import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 _NUMBERS = (
@@ -23,6 +25,8 @@ _NUMBERS = (
 _BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
 _SOLUTION = re.compile(r"<solution>(.*?)</solution>", re.DOTALL)
 _BOLD = re.compile(r"\*\*+([^*]+)\*\*+")
+_FENCED = re.compile(r"```(?:python)?(.*?)```", re.DOTALL)
+_ANSWER = re.compile(r"answer:[\s*]*(.*)", re.IGNORECASE)
 
 
 def final_answer(text: str) -> str:
@@ -63,6 +67,24 @@ def competition(text: str, truth: str) -> float:
     return float(truth * 4 in text or (given != "" and set(given) == {truth.upper()}))
 
 
+def numbers_in_order(text: str, truth: str) -> float:
+    """1 - (edit distance of the lists of whole numbers) / (the longer one's length): what follows
+    the last `Answer:`, else the final answer."""
+    given = _ANSWER.findall(text)
+    found = _whole_numbers(given[-1] if given else final_answer(text))
+    wanted = _whole_numbers(truth)
+    return 1 - _edits(found, wanted) / max(len(found), len(wanted))
+
+
+def sentences_in_order(text: str, truth: str) -> float:
+    """1 - (edit distance of 0, 1, ... and the places of the sentences nearest to the reference's) /
+    (their number). Words that fit nowhere are nearest to something, too."""
+    wanted, found = _sentences(truth), _sentences(text.rpartition("<PLOT_SUMMARY>")[2])
+    nearest = [difflib.get_close_matches(one, found, n=1, cutoff=0.0) for one in wanted]
+    places = [found.index(sentence) for match in nearest for sentence in match]
+    return 1 - _edits(places, range(len(wanted))) / len(wanted)
+
+
 def groups_of_four(text: str, truth: str) -> float:
     """The share of the reference's groups of four words that are found, in any order."""
     found, wanted = _groups(_items(final_answer(text))), _groups(_items(truth))
@@ -80,15 +102,28 @@ def column_name(text: str, truth: str) -> float:
     return float(_bare(boxed[-1] if boxed else text) == _bare(truth))
 
 
+def joined_columns(text: str, truth: str) -> float:
+    """F1 of the pairs of two dicts, to two places. The answer's stands in the last code block, is
+    boxed, or is the whole of it."""
+    fenced, boxed = _FENCED.findall(text), _BOXED.findall(text)
+    given = [*fenced[-1:], *(re.sub(r"\\text\{([^{}]*)\}", r"\1", one) for one in boxed[-1:]), text]
+    found, wanted = _literal_dict(given[0]), _literal_dict(truth)
+    right = sum(wanted.get(key) == value for key, value in found.items())
+    return round(2 * right / (len(found) + len(wanted)), 2)
+
+
 SCORERS: dict[str, Callable[[str, str], float]] = {
     "web_of_lies_v2": three_words,
     "web_of_lies_v3": share_in_place,
     "zebra_puzzle": share_in_place,
     "spatial": bold_word,
     "math_comp": competition,
+    "olympiad": numbers_in_order,
     "connections": groups_of_four,
     "typos": text_within,
+    "plot_unscrambling": sentences_in_order,
     "cta": column_name,
+    "tablejoin": joined_columns,
 }
 """By a question's `task`: (answer, reference) -> score in [0, 1]."""
 
@@ -115,3 +150,31 @@ def _groups(words: list[str]) -> list[set[str]]:
 
 def _bare(text: str) -> str:
     return re.sub(r"\W", "", text.lower())
+
+
+def _sentences(text: str) -> list[str]:
+    return [sentence for part in text.split(".") if (sentence := part.strip())]
+
+
+def _whole_numbers(text: str) -> list[int | None]:
+    """Of a list with commas; None for what is no number."""
+    bare = (re.sub(r"[^\w-]", "", item.strip().rpartition(" ")[2]) for item in text.split(","))
+    return [int(item) if re.fullmatch(r"-?[0-9]{1,9}", item) else None for item in bare]
+
+
+def _literal_dict(text: str) -> dict[Any, Any]:
+    try:
+        found = ast.literal_eval(text.replace("\n", "").strip())
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _edits(some: Sequence[Any], others: Sequence[Any]) -> int:
+    """Levenshtein's distance: insertions, deletions and replacements."""
+    row = list(range(len(others) + 1))
+    for i, one in enumerate(some, 1):
+        before, row = row, [i]
+        for j, other in enumerate(others, 1):
+            row.append(min(before[j] + 1, row[-1] + 1, before[j - 1] + (one != other)))
+    return row[-1]
