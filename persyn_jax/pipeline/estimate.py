@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from persyn_jax import mesh as meshes
+from persyn_jax.config import ConfigError
 from persyn_jax.evaluation.rows import SPLITS
 from persyn_jax.evaluation.verifiers import one_answer
 from persyn_jax.models import tokenizer, weights
 from persyn_jax.pipeline.config import RunConfig
+from persyn_jax.pipeline.prompts import examined
 from persyn_jax.records import Prompt
 from persyn_jax.sampling.config import TeacherConfig, teacher_messages
 from persyn_jax.training.memory import estimate_training_memory
@@ -120,8 +122,11 @@ def estimate_lines(config: RunConfig, prompts: Sequence[Prompt]) -> list[str]:
     """The estimate as a person reads it."""
     e = estimate(config, prompts)
     counts = ", ".join(f"{count} {split}" for split, count in e.prompts.items())
-    is_scored = any(prompt.split == "eval" and prompt.answer is not None for prompt in prompts)
-    end = "the report" if is_scored else "train_student: no eval prompt has a reference answer"
+    try:
+        examined(prompts)
+        end = "the report"
+    except ConfigError as error:
+        end = f"train_student, the evaluation will refuse: {error}"
     return [
         f"run folder           {config.run_folder}",
         f"prompts              {counts}",

@@ -105,6 +105,8 @@ def study_run(config: RouterStudyConfig) -> dict[str, Any]:
     from persyn_jax.pipeline.tokens import prompt_tokens
     from persyn_jax.sampling.scoring import pooled_states
 
+    section = config.router_study
+    others = None if section.other_run is None else _rewards_of(section.other_run)
     with open_finished(config, [stage for stage in STAGES if stage.name in _READS]) as run:
         mesh = run.mesh()  # starts the platform
         prompts = [p for p in run.read(PROMPTS, Prompt) if p.split == "calibration"]
@@ -112,12 +114,11 @@ def study_run(config: RouterStudyConfig) -> dict[str, Any]:
         tokens = prompt_tokens(backbone.tokenizer, prompts)
         state_ND = pooled_states(backbone, tokens, mesh)
         rewards = run.read(REWARDS, Reward)
-        training, section = router_training(config), config.router_study
+        training = router_training(config)
         found = study_router(prompts, rewards, state_ND, training, section, mesh)
         if section.backbones:
             found["backbones"] = compare_backbones(config, prompts, rewards, backbone, tokens, mesh)
-        if section.other_run is not None:
-            others = _rewards_of(section.other_run)
+        if others is not None:
             found["transfer"] = judge_transfer(prompts, rewards, others, state_ND, training, mesh)
         store.write_json(run.folder / RESULT, found)
     return found
@@ -301,19 +302,20 @@ def judge_transfer(
     from persyn_jax.pipeline.train_router import make_lessons
 
     teachers = list(dict.fromkeys(reward.teacher for reward in rewards))
+    these = make_lessons(prompts, rewards, teachers, training)
     try:
-        lessons = [make_lessons(prompts, given, teachers, training) for given in (rewards, others)]
+        theirs = make_lessons(prompts, others, teachers, training)
     except ValueError as error:
         raise ConfigError(f"router_study.other_run: {error}") from None
-    if any(np.isnan(one.total_NM).any() for one in lessons):
+    if np.isnan([these.total_NM, theirs.total_NM]).any():
         raise ConfigError("the router study needs the rewards of all teachers to every prompt")
-    seen_N, held_out_N = lessons[1].seen_N, lessons[1].held_out_N
-    with progress("router study: students", len(lessons)) as advance:
+    seen_N, held_out_N, total_NM = theirs.seen_N, theirs.held_out_N, theirs.total_NM
+    with progress("router study: students", 2) as advance:
         fit = _make_fit(len(teachers), training, mesh, advance)
         this_NM, own_NM = (
-            fit(state_ND[seen_N], one.preferences)(state_ND[held_out_N]) for one in lessons
+            fit(state_ND[seen_N], lessons.preferences)(state_ND[held_out_N])
+            for lessons in (these, theirs)
         )
-    total_NM = lessons[1].total_NM
     this_N, own_N = route_by_router(this_NM), route_by_router(own_NM)
     constant_N = np.full(len(held_out_N), best_constant(total_NM[seen_N]))
     total_NM = total_NM[held_out_N]

@@ -50,11 +50,12 @@ def estimate_training_memory(
 
     What is kept is exact: it is read off the traced loss. The peak is at the head, in the backward
     pass of the layers, or in the update, and how many buffers are alive there is as measured on a
-    CPU under JAX 0.10 and 0.12, where it holds to a fifth (0.12, a tiny model or bfloat16: to two
-    fifths); other platforms lay out alike but have not been measured. shards: devices that share a
-    worker, taken to split parameters and batch evenly.
+    CPU under JAX 0.10 and 0.12, where it holds to a fifth (0.12 and a tiny model: to a third);
+    other platforms lay out alike but have not been measured. shards: devices that share a worker,
+    taken to split parameters and batch evenly.
     """
-    stored = "float32" if platform == "cpu" else config.compute_dtype  # a CPU widens bfloat16
+    widens = platform == "cpu" and jax.__version_info__ < (0, 11)  # keeps bfloat16 as float32
+    stored = "float32" if widens else config.compute_dtype
     params, base = trained_shapes(model, config)
     size, largest = _bytes(params), max(map(_bytes, jax.tree.leaves(params)))
     frozen = _bytes(base) * np.dtype(config.compute_dtype).itemsize // 4

@@ -97,6 +97,14 @@ def test_a_device_holds_one_worker_and_its_state_is_reused(whole):
     assert report.temporary_bytes > 0
 
 
+def test_a_step_that_accumulates_is_compiled_as_it_is_trained(whole):
+    """Its arguments are those of one batch, and the second batch, which nothing else grows by."""
+    twice = reports_of("gosgd", 4, (1, 1), ["bank"], accumulate=2)["bank"]
+    tokens, responses = 16, 4
+    batch = 4 * (3 * tokens + 3 * responses)
+    assert twice.argument_bytes - whole["bank"].argument_bytes == batch
+
+
 def test_an_all_reduce_stands_beside_it(whole):
     report = whole["all-reduce"]
     assert report.permutations == 0

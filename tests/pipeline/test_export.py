@@ -101,11 +101,11 @@ def test_a_changed_file_of_answers_is_a_changed_input(own_run, script):
 
 
 def test_the_whole_run_wants_eval_prompts_but_says_what_it_costs_without(script):
-    complaint = "no eval prompt has a reference answer"
+    complaint = "sources: no eval prompt has a reference answer to score the student by"
     assert complaint in script("run_persyn.py", "run.name=other").error
     ended = script("run_persyn.py", "--dry-run")
     assert ended.code == 0
-    assert f"stages               up to train_student: {complaint}" in ended.stdout
+    assert f"up to train_student, the evaluation will refuse: {complaint}" in ended.stdout
     assert "tokens in all" in ended.stdout
 
 

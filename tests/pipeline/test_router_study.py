@@ -236,7 +236,7 @@ def test_a_student_for_whom_the_worst_teacher_is_best_is_served_badly(world, fou
     assert cells["own_regret"] == f"{judged['own_regret']:.4f}"
 
 
-def test_another_run_must_have_rewards_of_the_same_prompts(world, tmp_path):
+def test_another_run_must_have_rewards_of_the_same_prompts(world):
     total_NM, state_ND = world
     prompts = [make_prompt(n) for n in range(len(total_NM))]
     fewer = make_rewards(total_NM)[:-1]

@@ -17,6 +17,8 @@ from persyn_jax.training.memory import estimate_training_memory
 SMALL = dataclasses.replace(
     RANDOM_TINY, vocab_size=16384, layers=8, d_model=384, d_ff=1024, heads=6, head_dim=64
 )
+_SIZES = {"vocab_size": 49152, "layers": 30, "d_model": 576, "d_ff": 1536, "heads": 9}
+SMOLLM2 = dataclasses.replace(RANDOM_TINY, **_SIZES, kv_heads=3, head_dim=64)
 ROWS = TrainConfig(rows=4, row_tokens=256, row_response_tokens=64)
 SHORT = TrainConfig(rows=1, row_tokens=64, row_response_tokens=16)
 
@@ -54,6 +56,12 @@ CASES = {
         dataclasses.replace(SMALL, vocab_size=65536),
         dataclasses.replace(ROWS, row_response_tokens=150, recompute="layers"),
     ),
+    "SmolLM2": (
+        SMOLLM2,
+        dataclasses.replace(
+            ROWS, rows=8, row_tokens=128, row_response_tokens=127, recompute="layers"
+        ),
+    ),
     "recomputing": (SMALL, dataclasses.replace(ROWS, recompute="layers")),
     **{
         f"the update decides, {name}, {vocabulary}": (
@@ -67,9 +75,8 @@ CASES = {
 
 @pytest.mark.parametrize(("model", "config"), CASES.values(), ids=CASES)
 def test_the_estimate_is_within_a_fifth(model, config):
-    """Newer JAX needs less for a tiny model and for bfloat16: it says up to two fifths too much."""
-    needs_less = model == RANDOM_TINY or config.compute_dtype == "bfloat16"
-    most = 1.4 if jax.__version_info__ >= (0, 11) and needs_less else 1.2
+    """Newer JAX needs less for a tiny model, and then it says up to a third too much."""
+    most = 1.2 if jax.__version_info__ < (0, 11) or model != RANDOM_TINY else 1.35
     found = estimate_training_memory(model, config, "cpu").total
     assert 0.8 < found / measured(model, config) < most
 
@@ -82,3 +89,11 @@ def test_shards_and_bfloat16_and_recomputing_need_less():
     assert total(shards=4) == pytest.approx(total() / 4, rel=1e-6)
     assert total(compute_dtype="bfloat16") < total() < total(accumulate=2) < total(rows=8)
     assert total(recompute="layers") < total()
+
+
+def test_the_order_that_a_step_is_compiled_in_needs_less_memory(monkeypatch):
+    """Than the compiler's own, where layers outweigh the head; else the two are nearly equal."""
+    case = CASES["SmolLM2"]
+    needed = measured(*case)
+    monkeypatch.setattr("persyn_jax.training.sharded.compiler_options", lambda mesh: {})
+    assert needed < 0.95 * measured(*case)
